@@ -1,0 +1,1 @@
+"""kvarn: the place where the key-value cache of language models is managed."""
