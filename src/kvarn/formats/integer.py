@@ -1,0 +1,79 @@
+"""Asymmetric round-to-nearest integers with a scale and a minimum for each group of numbers."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import RecipeError
+from .base import Format, Rows
+from .packing import FIELDS, pack, packed_size, unpack
+
+Axis = Literal["channel", "token"]
+
+
+class Int(Format):
+    """Codes of ``bits`` bits; ``code * scale + minimum`` gives the number back, within half a scale.
+
+    ``axis="token"``: the numbers of one token in ``group`` consecutive channels share a scale (unit: one token).
+    ``axis="channel"``: one channel of ``group`` consecutive tokens shares a scale (unit: ``group`` tokens).
+    Scales and minima are kept in the model's dtype, codes packed along the channels.
+    """
+
+    def __init__(self, bits: int, axis: Axis, group: int, size: int, dtype: torch.dtype):
+        if bits not in FIELDS or bits == 1:
+            raise RecipeError(f"bits={bits}: use 2, 3, 4 or 8")
+        if size % 8:
+            raise RecipeError(f"integer formats need a head size that is a multiple of 8; this model's is {size}")
+        self.bits, self.axis, self.size, self.dtype = bits, axis, size, dtype
+        self.name = f"int{bits}/{axis}"
+        packed = packed_size(size, bits)
+        if axis == "channel":
+            self.unit = self.group = group
+            self.layout = {
+                "codes": ((group, packed), torch.uint8),
+                "scale": ((size,), dtype),
+                "minimum": ((size,), dtype),
+            }
+        else:
+            self.group = min(group, size)
+            if size % self.group:
+                raise RecipeError(f"group={group} does not divide the head size {size}: use a divisor of it")
+            scales = (size // self.group,)
+            self.layout = {
+                "codes": ((packed,), torch.uint8),
+                "scale": (scales, dtype),
+                "minimum": (scales, dtype),
+            }
+
+    def encode(self, x: Tensor) -> Rows:
+        groups = self._grouped(x).float()
+        dim = self._group_dim
+        minimum = groups.amin(dim)
+        scale = ((groups.amax(dim) - minimum) / (2**self.bits - 1)).to(self.dtype)
+        minimum = minimum.to(self.dtype)
+        # The stored (rounded) scale decides the codes; a constant group has scale 0 and codes 0.
+        step = scale.float().unsqueeze(dim)
+        offset = groups - minimum.float().unsqueeze(dim)
+        codes = torch.where(step > 0, offset / step, 0).round_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
+        return {"codes": pack(self._ungrouped(codes), self.bits), "scale": scale, "minimum": minimum}
+
+    def decode(self, rows: Rows) -> Tensor:
+        dim = self._group_dim
+        codes = self._regrouped(unpack(rows["codes"], self.bits)).to(self.dtype)
+        x = torch.addcmul(rows["minimum"].unsqueeze(dim), codes, rows["scale"].unsqueeze(dim))
+        return x.flatten(-3, -2) if self.axis == "channel" else x.flatten(-2)
+
+    @property
+    def _group_dim(self) -> int:
+        return -2 if self.axis == "channel" else -1
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """[..., n, size] -> [..., n / group, group, size] or [..., n, size / group, group]."""
+        return x.unflatten(-2, (-1, self.group)) if self.axis == "channel" else x.unflatten(-1, (-1, self.group))
+
+    def _ungrouped(self, codes: Tensor) -> Tensor:
+        return codes if self.axis == "channel" else codes.flatten(-2)
+
+    def _regrouped(self, codes: Tensor) -> Tensor:
+        return codes if self.axis == "channel" else codes.unflatten(-1, (-1, self.group))

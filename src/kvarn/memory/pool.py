@@ -1,0 +1,162 @@
+"""Pages: fixed numbers of slots in a few big tensors, handed out and taken back by integer arithmetic."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..errors import OutOfMemory
+from ..formats import Format
+
+# Bookkeeping per page: its place on the free list and its reference count.
+PAGE_OVERHEAD = 8
+_GROWTH = 1.125
+
+
+class Pool:
+    """The pages of one format on one device.
+
+    A page holds ``page_size`` tokens of ONE head as ``page_size / unit`` units; ``tensors[name]`` has the shape
+    [capacity, units a page, *unit shape]. Free list and reference counts are integer tensors on the host, because the
+    control plane decides there what is allocated; only page ids travel to the device.
+    """
+
+    def __init__(self, fmt: Format, page_size: int, device: torch.device, arena: "Arena"):
+        assert page_size % fmt.unit == 0
+        self.format, self.page_size, self.device, self.arena = fmt, page_size, device, arena
+        self.units = page_size // fmt.unit
+        self.page_bytes = self.units * fmt.unit_bytes + PAGE_OVERHEAD
+        self.tensors = {
+            name: torch.empty((0, self.units, *shape), dtype=dtype, device=device)
+            for name, (shape, dtype) in fmt.layout.items()
+        }
+        self.references = torch.zeros(0, dtype=torch.int32)
+        self._free = torch.zeros(0, dtype=torch.int32)
+        self._free_count = 0
+        self.shared = 0  # pages with more than one owner
+
+    @property
+    def capacity(self) -> int:
+        return self.references.numel()
+
+    @property
+    def used(self) -> int:
+        """Pages in use, shared ones counted once."""
+        return self.capacity - self._free_count
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the pages in use, their bookkeeping included."""
+        return self.used * self.page_bytes
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of all tensors of the pool, free pages included."""
+        return sum(t.untyped_storage().nbytes() for t in self.tensors.values()) + self.capacity * PAGE_OVERHEAD
+
+    def allocate(self, count: int) -> Tensor:
+        """``count`` page ids, int32 [count], with one reference each. Raises OutOfMemory before anything changes."""
+        self.arena.require({self: count})
+        self.reserve(count)
+        self._free_count -= count
+        pages = self._free[self._free_count : self._free_count + count].clone()
+        self.references[pages.long()] = 1
+        self.arena.note_peak()
+        return pages
+
+    def release(self, pages: Tensor) -> None:
+        """Takes back one reference of each page in ``pages`` (ids may repeat); unreferenced pages become free."""
+        if not pages.numel():
+            return
+        pages = pages.long()
+        if self.shared:
+            before = self.references[pages.unique()]
+            self.references.index_add_(0, pages, torch.full_like(pages, -1, dtype=torch.int32))
+            pages = pages.unique()
+            now = self.references[pages]
+            self.shared -= int(((before > 1) & (now <= 1)).sum())
+            pages = pages[now == 0]
+        else:
+            self.references[pages] = 0
+        self._free[self._free_count : self._free_count + pages.numel()] = pages.to(torch.int32)
+        self._free_count += pages.numel()
+
+    def share(self, pages: Tensor) -> None:
+        """Adds one reference to each page in ``pages`` (ids may repeat)."""
+        pages = pages.long()
+        unique = pages.unique()
+        before = self.references[unique]
+        self.references.index_add_(0, pages, torch.ones_like(pages, dtype=torch.int32))
+        self.shared += int(((before == 1) & (self.references[unique] > 1)).sum())
+
+    def copy_pages(self, source: Tensor, target: Tensor) -> None:
+        """Copies the contents of pages ``source`` to pages ``target`` (int32 or int64 [n] each)."""
+        source, target = source.long().to(self.device), target.long().to(self.device)
+        for tensor in self.tensors.values():
+            tensor[target] = tensor[source]
+
+    def reserve(self, count: int) -> None:
+        """Makes room for ``count`` more pages, so that allocating them moves nothing."""
+        missing = count - self._free_count
+        if missing <= 0:
+            return
+        old = self.capacity
+        new = max(old + missing, int(old * _GROWTH))
+        new = max(old + missing, min(new, self.arena.affordable(self)))
+        for name, tensor in self.tensors.items():
+            grown = tensor.new_empty((new, *tensor.shape[1:]))
+            grown[:old] = tensor
+            self.tensors[name] = grown
+        self.references = torch.cat([self.references, torch.zeros(new - old, dtype=torch.int32)])
+        free = torch.empty(new, dtype=torch.int32)
+        free[: new - old] = torch.arange(old, new, dtype=torch.int32)
+        free[new - old : new - old + self._free_count] = self._free[: self._free_count]
+        self._free, self._free_count = free, self._free_count + new - old
+
+
+class Arena:
+    """All pools of one cache or engine: one pool a format, one ceiling in bytes for them together (None: no ceiling)."""
+
+    def __init__(self, device: torch.device, page_size: int, ceiling: int | None = None):
+        self.device, self.page_size, self.ceiling = device, page_size, ceiling
+        self.pools: dict[tuple, Pool] = {}
+        self.peak_bytes = 0
+
+    def pool(self, fmt: Format) -> Pool:
+        """The pool of ``fmt``, made at the first asking. Its page size is a multiple of the format's unit."""
+        page_size = -(-self.page_size // fmt.unit) * fmt.unit
+        return self.pools.setdefault(fmt.key, Pool(fmt, page_size, self.device, self))
+
+    @property
+    def bytes(self) -> int:
+        return sum(pool.bytes for pool in self.pools.values())
+
+    @property
+    def reserved_bytes(self) -> int:
+        return sum(pool.reserved_bytes for pool in self.pools.values())
+
+    def require(self, pages: dict[Pool, int]) -> None:
+        """Raises OutOfMemory unless these pages can be allocated together under the ceiling."""
+        if self.ceiling is None:
+            return
+        asked = sum(count * pool.page_bytes for pool, count in pages.items())
+        left = self.ceiling - self.bytes
+        if asked > left:
+            raise OutOfMemory(
+                f"asked for {asked:,} bytes ({_named(pages.items())}), but only {left:,} of the ceiling of "
+                f"{self.ceiling:,} bytes are left; raise the ceiling, lower the budget or free sequences"
+            )
+
+    def affordable(self, pool: Pool) -> int:
+        """The largest capacity that the ceiling allows ``pool``."""
+        if self.ceiling is None:
+            return 2**31 - 1
+        return pool.used + (self.ceiling - self.bytes) // pool.page_bytes
+
+    def note_peak(self, transient: int = 0) -> None:
+        """Remembers the most bytes held at once; ``transient`` bytes are held outside the pools just now."""
+        self.peak_bytes = max(self.peak_bytes, self.bytes + transient)
+
+
+def _named(items: Iterable[tuple[Pool, int]]) -> str:
+    return ", ".join(f"{count} pages of {pool.format.name}" for pool, count in items if count)

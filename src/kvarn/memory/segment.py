@@ -1,0 +1,366 @@
+"""The entries of many heads that share one format: a page table, a start and a length for each head."""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from ..errors import CacheMismatch
+from ..formats import Format, Rows
+from .pool import Pool
+
+TABLE_ENTRY = 4  # bytes of one page id in a page table
+HEAD_OVERHEAD = 16  # bytes of a head's start and length
+
+
+class Segment:
+    """Rows of ``heads`` heads over one pool.
+
+    ``table`` is int32 [heads, width] of page ids, ``starts`` and ``lengths`` int64 [heads] in tokens, all on the host.
+    The tokens of a head lie at ``starts .. starts + lengths`` of its pages; start is below the page size. Heads are
+    named by a slice or an int64 tensor ``heads``; data of R heads has R as its first dimension.
+    """
+
+    def __init__(self, pool: Pool, heads: int):
+        self.pool = pool
+        self.table = torch.zeros((heads, 0), dtype=torch.int32)
+        self.starts = torch.zeros(heads, dtype=torch.int64)
+        self.lengths = torch.zeros(heads, dtype=torch.int64)
+        self._device_pages: dict[tuple[int, int, int], Tensor] = {}
+        self._span: tuple[int, int] | None = None  # start and length, where known to be the same for all heads
+
+    @property
+    def format(self) -> Format:
+        return self.pool.format
+
+    @property
+    def unit(self) -> int:
+        return self.format.unit
+
+    @property
+    def bookkeeping_bytes(self) -> int:
+        """Bytes of the page table, starts and lengths."""
+        return self.table.numel() * TABLE_ENTRY + self.lengths.numel() * HEAD_OVERHEAD
+
+    # -- growing ------------------------------------------------------------------------------------------------
+
+    def pages_to_extend(self, heads: slice | Tensor, counts: Tensor) -> int:
+        """Pages that ``extend`` would allocate, copies of shared open pages included."""
+        ends = self.starts[heads] + self.lengths[heads]
+        needed = int((self._pages_of(ends + counts) - self._pages_of(ends)).sum())
+        return needed + self._shared_open(heads, counts)[0].numel()
+
+    def extend(self, heads: slice | Tensor, counts: Tensor) -> None:
+        """Lengthens each head by ``counts`` tokens (int64 [R], multiples of the unit), to be written by ``write``."""
+        owners, columns = self._shared_open(heads, counts)
+        ids = self._ids(heads)
+        ends = self.starts[heads] + self.lengths[heads]
+        held = self._pages_of(ends)
+        needed = self._pages_of(ends + counts) - held
+        total = int(needed.sum())
+        pages = self.pool.allocate(total + owners.numel())
+        self._resize(heads, self.lengths[heads] + counts)
+        if not total and not owners.numel():
+            return
+        self._replace_shared(owners, columns, pages[total:])
+        self._widen(int((held + needed).max()))
+        row = torch.repeat_interleave(torch.arange(ids.numel()), needed)
+        place = torch.arange(total) - torch.repeat_interleave(needed.cumsum(0) - needed, needed)
+        self.table[ids[row], held[row] + place] = pages[:total]
+        self._device_pages.clear()
+
+    def write(self, heads: slice | Tensor, first: Tensor, rows: Rows, counts: Tensor) -> None:
+        """Writes units: ``rows`` are tensors of [R, units, *shape]; ``first`` and ``counts`` are int64 [R] in tokens."""
+        if not int(counts.max()):
+            return
+        units = int(counts.max()) // self.unit
+        slots = self._slots(heads, first, units * self.unit)[:, :: self.unit] // self.unit
+        if bool((counts == counts[0]).all()):
+            index = slots.flatten().to(self.pool.device)
+            for name, new in rows.items():
+                self.pool.tensors[name].flatten(0, 1).index_copy_(0, index, new[:, :units].flatten(0, 1))
+            return
+        valid = torch.arange(units) < (counts // self.unit)[:, None]
+        index, mask = slots[valid].to(self.pool.device), valid.to(self.pool.device)
+        for name, new in rows.items():
+            self.pool.tensors[name].flatten(0, 1)[index] = new[:, :units][mask]
+
+    def append(self, heads: slice | Tensor, rows: Rows, counts: Tensor) -> None:
+        """``extend`` and ``write``: ``rows`` are tensors of [R, units, *shape], ``counts`` int64 [R] in tokens."""
+        first = self.lengths[heads].clone()
+        self.extend(heads, counts)
+        self.write(heads, first, rows, counts)
+
+    def next_slots(self, heads: slice | Tensor) -> Tensor:
+        """Flat slots of the last token of each head, int64 [R] on the device (unit 1)."""
+        return self._slots(heads, self.lengths[heads] - 1, 1).flatten().to(self.pool.device)
+
+    def put(self, slots: Tensor, rows: Rows) -> None:
+        """Writes one token a head at flat ``slots``: tensors of [R, *shape]. The fast way of decoding."""
+        for name, new in rows.items():
+            self.pool.tensors[name].flatten(0, 1).index_copy_(0, slots, new)
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def read(
+        self, heads: slice | Tensor, limit: int | None = None, names: Collection[str] | None = None
+    ) -> Rows:
+        """The units of each head, oldest first: tensors of [R, units, *shape], padded to the longest head.
+
+        ``limit``: only so many tokens from the front (a multiple of the unit); ``names``: only these tensors.
+        """
+        starts = self.starts[heads]
+        count, (first, longest) = starts.numel(), self.span(heads)
+        longest = longest if limit is None else min(longest, limit)
+        if not longest:
+            return {n: t.new_empty((count, 0, *t.shape[2:])) for n, t in self.pool.tensors.items()}
+        units = longest // self.unit
+        reach = self._reach(heads) if limit is None else int(starts.max()) + longest
+        pages = self._pages(heads, reach)
+        out = {}
+        for name in names or self.pool.tensors:
+            tensor = self.pool.tensors[name]
+            read = tensor.index_select(0, pages).view(count, -1, *tensor.shape[2:])
+            if first is None:
+                out[name] = _shifted(read, starts // self.unit, units)
+            else:
+                out[name] = read[:, first // self.unit : first // self.unit + units]
+        return out
+
+    def span(self, heads: slice | Tensor) -> tuple[int | None, int]:
+        """The start that these heads have in common (None: they differ) and the longest length."""
+        if self._span is not None:
+            return self._span
+        starts, lengths = self.starts[heads], self.lengths[heads]
+        if not starts.numel():
+            return 0, 0
+        return (int(starts[0]) if bool((starts == starts[0]).all()) else None), int(lengths.max())
+
+    def settle_span(self) -> None:
+        """Notes whether all heads now have one start and one length, which makes reading them cheap."""
+        even = self.lengths.numel() and (self.starts == self.starts[0]).all() and (self.lengths == self.lengths[0]).all()
+        self._span = (int(self.starts[0]), int(self.lengths[0])) if even else None
+
+    def decode(self, heads: slice | Tensor, limit: int | None = None) -> Tensor:
+        """The tokens of each head as vectors, [R, longest, size], in the model's dtype; ``limit`` as in ``read``."""
+        return self.format.decode(self.read(heads, limit))
+
+    # -- shrinking and changing ---------------------------------------------------------------------------------
+
+    def rewrite(self, heads: slice | Tensor, rows: Rows, counts: Tensor) -> None:
+        """Replaces all tokens of each head by ``rows`` ([R, units, *shape], ``counts`` tokens), freeing the rest."""
+        self._own(heads)
+        keep = torch.minimum(self._pages_of(counts), self._pages_of(self.starts[heads] + self.lengths[heads]))
+        self._free_beyond(heads, keep)
+        self.starts[heads] = 0
+        self._resize(heads, torch.minimum(counts, keep * self.pool.page_size))
+        self.extend(heads, counts - self.lengths[heads])
+        self.write(heads, torch.zeros_like(counts), rows, counts)
+
+    def take(self, heads: slice | Tensor, index: Tensor, counts: Tensor) -> None:
+        """Keeps tokens ``index`` (int64 [R, m] on the device, any order, the first ``counts`` of each row valid).
+
+        Formats whose unit is one token are moved bit by bit. Where tokens share scales, units that stay whole and in
+        order are moved bit by bit too, and the others are encoded anew.
+        """
+        old = self.read(heads)
+        if self.unit == 1:
+            self.rewrite(heads, {name: pick(t, index) for name, t in old.items()}, counts)
+            return
+        new = self.format.encode(pick(self.format.decode(old), index))
+        groups = index.unflatten(1, (-1, self.unit))
+        whole = groups[..., :1] // self.unit * self.unit + torch.arange(self.unit, device=index.device)
+        same = (groups == whole).all(-1)
+        source = groups[..., 0] // self.unit
+        rows = {name: torch.where(_expand(same, t), pick(old[name], source), t) for name, t in new.items()}
+        self.rewrite(heads, rows, counts)
+
+    def drop(self, heads: slice | Tensor, victims: Tensor) -> None:
+        """Removes tokens ``victims`` (int64 [R, e] on the device, distinct in each row) of unit-1 rows in place.
+
+        The last tokens move into the holes, so a head costs e moves whatever its length; the order changes.
+        """
+        self._own(heads)
+        count = victims.shape[1]
+        left = (self.lengths[heads] - count).to(victims.device)[:, None]
+        tail = left + torch.arange(count, device=victims.device)
+        stays = (tail[:, :, None] != victims[:, None, :]).all(-1)
+        moved = torch.where(stays, tail, -1).sort(1, descending=True).values
+        holes = torch.where(victims < left, victims, -1).sort(1, descending=True).values
+        valid = moved >= 0
+        heads_of = torch.arange(victims.shape[0], device=victims.device)[:, None].expand_as(victims)[valid]
+        pages = self._pages(heads, self._reach(heads)).view(victims.shape[0], -1)
+        starts = self.starts[heads].to(victims.device)[heads_of]
+        source, target = (
+            pages[heads_of, place // self.pool.page_size] * self.pool.page_size + place % self.pool.page_size
+            for place in (starts + moved[valid], starts + holes[valid])
+        )
+        for tensor in self.pool.tensors.values():
+            flat = tensor.flatten(0, 1)
+            flat[target] = flat[source]
+        self._free_beyond(heads, self._pages_of(self.starts[heads] + self.lengths[heads] - count))
+        self._resize(heads, self.lengths[heads] - count)
+
+    def pop_front(self, heads: slice | Tensor, counts: Tensor) -> None:
+        """Removes the oldest ``counts`` tokens of each head (int64 [R]); pages are freed as they empty."""
+        ids = self._ids(heads)
+        starts = self.starts[ids] + counts
+        lengths = self.lengths[ids] - counts
+        held = self._pages_of(self.starts[ids] + self.lengths[ids])
+        gone = torch.where(lengths > 0, starts // self.pool.page_size, held)
+        self.starts[ids] = torch.where(lengths > 0, starts % self.pool.page_size, 0)
+        self._resize(ids, lengths)
+        if not int(gone.sum()):
+            return
+        columns = torch.arange(self.table.shape[1])
+        table = self.table[ids]
+        self.pool.release(table[columns < gone[:, None]])
+        source = (columns + gone[:, None]).clamp(max=self.table.shape[1] - 1)
+        self.table[ids] = table.gather(1, source)
+        self._device_pages.clear()
+
+    def overwrite(self, heads: slice | Tensor, x: Tensor, touched: Tensor) -> None:
+        """Encodes anew the units in which a token is ``touched`` (bool [R, longest]) from ``x`` ([R, longest, size])."""
+        self._own(heads)
+        old, counts = self.read(heads), self.lengths[heads]
+        new = self.format.encode(x)
+        units = touched.unflatten(1, (-1, self.unit)).any(2)
+        rows = {name: torch.where(_expand(units, t), t, old[name]) for name, t in new.items()}
+        self.write(heads, torch.zeros_like(counts), rows, counts)
+
+    def add(self, heads: slice | Tensor, name: str, amount: Tensor) -> None:
+        """Adds ``amount`` ([R, longest], zero beyond a head's length) to one column."""
+        self._own(heads)
+        first, size = self.span(heads)[0], self.pool.page_size
+        pages = self._pages(heads, self._reach(heads))
+        tensor = self.pool.tensors[name]
+        padded = tensor.new_zeros(amount.shape[0], pages.numel() // amount.shape[0] * size)
+        if first is None:
+            place = self.starts[heads][:, None] + torch.arange(amount.shape[1])
+            padded.scatter_(1, place.clamp(max=padded.shape[1] - 1).to(amount.device), amount, reduce="add")
+        else:
+            padded[:, first : first + amount.shape[1]] = amount
+        tensor.index_add_(0, pages, padded.view(-1, size))
+
+    def share(self, heads: slice | Tensor, source: "Segment", source_heads: slice | Tensor) -> None:
+        """Gives empty ``heads`` the tokens of ``source_heads`` by reference; whoever writes first copies the page."""
+        if source.pool is not self.pool:
+            raise CacheMismatch("segments share pages only within one pool: use the same arena and format")
+        if int(self.lengths[heads].sum()):
+            raise CacheMismatch("sharing needs empty heads: free them first")
+        ids, others = self._ids(heads), source._ids(source_heads)
+        width = source.table.shape[1]
+        self._widen(width)
+        self.table[ids, :width] = source.table[others]
+        self.starts[ids] = source.starts[others]
+        self._resize(ids, source.lengths[others])
+        held = self._pages_of(self.starts[ids] + self.lengths[ids])
+        self.pool.share(self.table[ids][torch.arange(self.table.shape[1]) < held[:, None]])
+        self._device_pages.clear()
+
+    def free(self, heads: slice | Tensor) -> None:
+        """Gives every page of these heads back."""
+        self._free_beyond(heads, torch.zeros_like(self.lengths[heads]))
+        self.starts[heads] = 0
+        self._resize(heads, torch.zeros_like(self.lengths[heads]))
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _ids(self, heads: slice | Tensor) -> Tensor:
+        return torch.arange(self.lengths.numel())[heads] if isinstance(heads, slice) else heads
+
+    def _resize(self, heads: slice | Tensor, lengths: Tensor) -> None:
+        self.lengths[heads] = lengths
+        self._span = None
+
+    def _reach(self, heads: slice | Tensor) -> int:
+        """Tokens from the first slot of the first page to the last token, for the head that reaches furthest."""
+        if self._span is not None:
+            return sum(self._span)
+        return int((self.starts[heads] + self.lengths[heads]).max())
+
+    def _pages_of(self, tokens: Tensor) -> Tensor:
+        return (tokens + self.pool.page_size - 1) // self.pool.page_size
+
+    def _slots(self, heads: slice | Tensor, first: Tensor, count: int) -> Tensor:
+        """Flat token slots of tokens first .. first + count, int64 [R, count] on the host (clamped to the table)."""
+        place = (self.starts[heads] + first)[:, None] + torch.arange(count)
+        column = (place // self.pool.page_size).clamp(max=self.table.shape[1] - 1)
+        return self.table[heads].gather(1, column).long() * self.pool.page_size + place % self.pool.page_size
+
+    def _pages(self, heads: slice | Tensor, tokens: int) -> Tensor:
+        """Page ids of the first ``tokens`` of each head, int64 [R * pages] on the device; cached for slices."""
+        width = -(-tokens // self.pool.page_size)
+        key = (heads.start, heads.stop, width) if isinstance(heads, slice) else None
+        if key is not None and key in self._device_pages:
+            return self._device_pages[key]
+        held = self._pages_of(self.starts[heads] + self.lengths[heads])
+        table = self.table[heads][:, :width].long()
+        # Beyond a short head's pages its own first page is read and masked: the table's old ids mean nothing there.
+        table = torch.where(torch.arange(width) < held[:, None], table, table[:, :1].clamp(max=self.pool.capacity - 1))
+        pages = table.flatten().to(self.pool.device)
+        if key is not None:
+            self._device_pages[key] = pages
+        return pages
+
+    def _widen(self, width: int) -> None:
+        missing = width - self.table.shape[1]
+        if missing > 0:
+            self.table = torch.cat([self.table, self.table.new_zeros((self.table.shape[0], missing))], 1)
+
+    def _free_beyond(self, heads: slice | Tensor, keep: Tensor) -> None:
+        """Releases every page of a head after its first ``keep``."""
+        held = self._pages_of(self.starts[heads] + self.lengths[heads])
+        columns = torch.arange(self.table.shape[1])
+        self.pool.release(self.table[heads][(columns >= keep[:, None]) & (columns < held[:, None])])
+        self._device_pages.clear()
+
+    def _shared_open(self, heads: slice | Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Heads (and table columns) whose open page is shared and about to be written."""
+        nothing = torch.zeros(0, dtype=torch.int64)
+        if not self.pool.shared:
+            return nothing, nothing
+        ids = self._ids(heads)
+        ends = self.starts[ids] + self.lengths[ids]
+        ids = ids[(ends % self.pool.page_size > 0) & (counts > 0)]
+        column = (self.starts[ids] + self.lengths[ids]) // self.pool.page_size
+        shared = self.pool.references[self.table[ids, column].long()] > 1
+        return ids[shared], column[shared]
+
+    def _own(self, heads: slice | Tensor) -> None:
+        """Copies every shared page of these heads, so that they can be written."""
+        if not self.pool.shared:
+            return
+        ids = self._ids(heads)
+        held = self._pages_of(self.starts[ids] + self.lengths[ids])
+        in_use = torch.arange(self.table.shape[1]) < held[:, None]
+        row, column = torch.nonzero(in_use & (self.pool.references[self.table[ids].long()] > 1), as_tuple=True)
+        self._replace_shared(ids[row], column, self.pool.allocate(row.numel()))
+
+    def _replace_shared(self, ids: Tensor, columns: Tensor, pages: Tensor) -> None:
+        """Copies the shared pages at (ids, columns) of the table to ``pages`` and refers to those instead."""
+        if not ids.numel():
+            return
+        old = self.table[ids, columns]
+        self.pool.copy_pages(old, pages)
+        self.table[ids, columns] = pages
+        self.pool.release(old)
+        self._device_pages.clear()
+
+
+
+def pick(rows: Tensor, index: Tensor) -> Tensor:
+    """[R, n, *shape] at index [R, m] (out-of-range clamped) -> [R, m, *shape]."""
+    index = index.clamp(max=rows.shape[1] - 1)
+    return rows[torch.arange(rows.shape[0], device=rows.device)[:, None], index]
+
+
+def _shifted(rows: Tensor, starts: Tensor, count: int) -> Tensor:
+    """Row r from starts[r] on: [R, n, *shape] -> [R, count, *shape]."""
+    return pick(rows, starts.to(rows.device)[:, None] + torch.arange(count, device=rows.device))
+
+
+
+def _expand(mask: Tensor, like: Tensor) -> Tensor:
+    """[R, units] as a mask for [R, units, *shape]."""
+    return mask.view(*mask.shape, *[1] * (like.dim() - 2))

@@ -1,0 +1,312 @@
+"""All entries of the heads of one group of layers: keys, values and columns, each in segments."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..formats import Columns, Dense, Format
+from .pool import PAGE_OVERHEAD, Arena
+from .segment import HEAD_OVERHEAD, TABLE_ENTRY, Segment, pick
+
+
+@dataclass(frozen=True)
+class SideLayout:
+    """How the keys (or the values) of a head are kept: the newest tokens dense, older ones settled in ``format``.
+
+    ``hold`` tokens always stay dense; beyond them, the oldest settle in multiples of ``block`` tokens. A dense format
+    has no tail of its own.
+    """
+
+    format: Format
+    dense: Dense
+    hold: int = 0
+    block: int = 1
+
+    @property
+    def settles(self) -> bool:
+        return self.format is not self.dense
+
+    def ripe(self, tail: Tensor) -> Tensor:
+        """How many tokens of tails of these lengths settle."""
+        return (tail - self.hold).clamp(min=0) // self.block * self.block
+
+    def bytes(self, tokens: Tensor, page_size: int) -> Tensor:
+        """Exact bytes of one head of so many tokens appended at once, pages and bookkeeping included."""
+        if not self.settles:
+            return _segment_bytes(self.dense, tokens, page_size)
+        settled = self.ripe(tokens)
+        tail = _segment_bytes(self.dense, tokens - settled, page_size)
+        return tail + _segment_bytes(self.format, settled, page_size)
+
+
+@dataclass(frozen=True)
+class StoreLayout:
+    """What a store keeps for each entry, and in which formats."""
+
+    keys: SideLayout
+    values: SideLayout
+    columns: Columns | None
+    page_size: int
+
+    def bytes(self, tokens: Tensor) -> Tensor:
+        """Exact bytes of one head of ``tokens`` entries (int64, any shape) appended at once."""
+        total = self.keys.bytes(tokens, self.page_size) + self.values.bytes(tokens, self.page_size)
+        return total + _segment_bytes(self.columns, tokens, self.page_size) if self.columns else total
+
+
+def _segment_bytes(fmt: Format, tokens: Tensor, page_size: int) -> Tensor:
+    size = -(-page_size // fmt.unit) * fmt.unit
+    pages = (tokens + size - 1) // size
+    return pages * (size // fmt.unit * fmt.unit_bytes + PAGE_OVERHEAD + TABLE_ENTRY) + HEAD_OVERHEAD
+
+
+class Side:
+    """The keys, or the values, of all heads: a settled segment (if the layout has one), then a dense tail."""
+
+    def __init__(self, layout: SideLayout, arena: Arena, heads: int):
+        self.layout = layout
+        self.tail = Segment(arena.pool(layout.dense), heads)
+        self.settled = Segment(arena.pool(layout.format), heads) if layout.settles else None
+
+    @property
+    def segments(self) -> list[Segment]:
+        return [self.settled, self.tail] if self.settled else [self.tail]
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.settled.lengths + self.tail.lengths if self.settled else self.tail.lengths
+
+    def append(self, heads: slice | Tensor, x: Tensor, counts: Tensor) -> None:
+        """Appends ``x`` ([R, n, size], the first ``counts`` of each row); what is ripe goes straight to its format."""
+        if self.settled is None:
+            return self.tail.append(heads, self.tail.format.encode(x), counts)
+        if int(self.tail.lengths[heads].max()):
+            self.tail.append(heads, self.tail.format.encode(x), counts)
+            return self.settle(heads)
+        ripe = self.layout.ripe(counts)
+        first = int(ripe.max())
+        if first:
+            self.settled.append(heads, self.settled.format.encode(x[:, :first]), ripe)
+        rest = counts - ripe
+        index = ripe[:, None] + torch.arange(int(rest.max()))
+        self.tail.append(heads, self.tail.format.encode(pick(x, index.to(x.device))), rest)
+
+    def settle(self, heads: slice | Tensor) -> None:
+        """Moves ripe tokens from the tail to the settled segment."""
+        if self.settled is None:
+            return
+        ripe = self.layout.ripe(self.tail.lengths[heads])
+        first = int(ripe.max())
+        if not first:
+            return
+        self.settled.append(heads, self.settled.format.encode(self._front(heads, first)), ripe)
+        self.tail.pop_front(heads, ripe)
+
+    def read(self, heads: slice | Tensor) -> Tensor:
+        """The tokens of each head, settled ones first: [R, longest, size]."""
+        tail = self.tail.decode(heads)
+        if self.settled is None or not self.settled.span(heads)[1]:
+            return tail
+        settled = self.settled.decode(heads)
+        joint = torch.cat([settled, tail], 1)
+        counts = self.settled.lengths[heads]
+        if bool((counts == counts[0]).all()):
+            return joint
+        place = torch.arange(int(self.lengths[heads].max()))
+        index = torch.where(place < counts[:, None], place, place - counts[:, None] + settled.shape[1])
+        return pick(joint, index.to(joint.device))
+
+    def take(self, heads: slice | Tensor, index: Tensor, counts: Tensor) -> None:
+        """Keeps tokens ``index`` of each head, in that order (see ``Segment.take``).
+
+        Of the tokens that had settled, those that no longer fill a unit return to the tail, decoded.
+        """
+        if self.settled is None:
+            return self.tail.take(heads, index, counts)
+        before = self.settled.lengths[heads].to(index.device)[:, None]
+        valid = torch.arange(index.shape[1], device=index.device) < counts.to(index.device)[:, None]
+        leading = ((index < before) & valid).cumprod(1).sum(1).cpu()
+        stay = leading // self.settled.unit * self.settled.unit
+        rest = counts - stay
+        place = (stay[:, None] + torch.arange(int(rest.max()))).to(index.device)
+        moved = pick(self.read(heads), pick(index, place))
+        self.settled.take(heads, index[:, : int(stay.max())], stay)
+        self.tail.rewrite(heads, self.tail.format.encode(moved), rest)
+        self.settle(heads)
+
+    def replace(self, heads: slice | Tensor, index: Tensor, x: Tensor) -> None:
+        """Overwrites tokens ``index`` (int64 [R, m]) by ``x`` ([R, m, size]), each in the segment it lies in."""
+        everything = self.read(heads)
+        everything = everything.scatter(1, index[..., None].expand_as(x), x)
+        touched = torch.zeros(everything.shape[:2], dtype=torch.bool, device=index.device).scatter_(1, index, True)
+        offset = torch.zeros_like(self.lengths[heads])
+        for segment in self.segments:
+            lengths = segment.lengths[heads]
+            place = (offset[:, None] + torch.arange(int(lengths.max()))).to(index.device)
+            segment.overwrite(heads, pick(everything, place), pick(touched, place))
+            offset += lengths
+
+    def _front(self, heads: slice | Tensor, count: int) -> Tensor:
+        front = self.tail.decode(heads, count)
+        short = count - front.shape[1]
+        return torch.nn.functional.pad(front, (0, 0, 0, short)) if short else front
+
+
+class Store:
+    """Entries of ``heads`` heads. Key i, value i and column i of a head belong to the same token.
+
+    Heads are numbered by whoever owns the store; operations take a slice or an int64 tensor of heads.
+    """
+
+    def __init__(self, layout: StoreLayout, arena: Arena, heads: int):
+        self.layout, self.arena = layout, arena
+        self.keys = Side(layout.keys, arena, heads)
+        self.values = Side(layout.values, arena, heads)
+        self.columns = Segment(arena.pool(layout.columns), heads) if layout.columns else None
+        self._slots: list[Tensor] = []
+
+    @property
+    def lengths(self) -> Tensor:
+        """Entries of each head, int64 [heads] on the host."""
+        return self.keys.lengths
+
+    @property
+    def segments(self) -> Iterator[Segment]:
+        yield from self.keys.segments
+        yield from self.values.segments
+        if self.columns:
+            yield self.columns
+
+    # -- growing ------------------------------------------------------------------------------------------------
+
+    def append(
+        self, heads: slice | Tensor, keys: Tensor, values: Tensor, columns: Mapping[str, Tensor], counts: Tensor
+    ) -> None:
+        """Appends ``counts`` entries (int64 [R]) to each head: [R, n, size] keys and values, [R, n] columns."""
+        self.keys.append(heads, keys, counts)
+        self.values.append(heads, values, counts)
+        if self.columns:
+            self.columns.append(heads, dict(columns), counts)
+
+    def open_token(self) -> None:
+        """Makes room for one more entry in every head at once; ``put_token`` then fills it layer by layer."""
+        targets = self._open_segments()
+        everyone = slice(0, self.lengths.numel())
+        one = torch.ones_like(self.lengths)
+        needed: dict = {}
+        for segment in targets:
+            needed[segment.pool] = needed.get(segment.pool, 0) + segment.pages_to_extend(everyone, one)
+        self.arena.require(needed)
+        for pool, count in needed.items():
+            pool.reserve(count)
+        for segment in targets:
+            segment.extend(everyone, one)
+            segment.settle_span()
+        self._slots = [segment.next_slots(everyone) for segment in targets]
+
+    def put_token(self, heads: slice, keys: Tensor, values: Tensor, columns: Mapping[str, Tensor]) -> None:
+        """Writes the entry that ``open_token`` made room for: [R, size] keys and values, [R] columns."""
+        slots = [slot[heads] for slot in self._slots]
+        self.keys.tail.put(slots[0], self.keys.tail.format.encode(keys))
+        self.values.tail.put(slots[1], self.values.tail.format.encode(values))
+        if self.columns:
+            self.columns.put(slots[2], dict(columns))
+
+    def settle(self, heads: slice | Tensor) -> None:
+        """Encodes what has grown old enough for its format."""
+        self.keys.settle(heads)
+        self.values.settle(heads)
+        self.note_spans()
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def read_column(self, heads: slice | Tensor, name: str) -> Tensor:
+        """One column of each head, [R, longest]."""
+        assert self.columns is not None
+        return self.columns.read(heads, names=(name,))[name]
+
+    def add_to_column(self, heads: slice | Tensor, name: str, amount: Tensor) -> None:
+        """Adds ``amount`` ([R, longest], zero beyond a head's length) to a column."""
+        assert self.columns is not None
+        self.columns.add(heads, name, amount)
+
+    # -- shrinking and changing ---------------------------------------------------------------------------------
+
+    def keep(self, heads: slice | Tensor, mask: Tensor, counts: Tensor | None = None) -> None:
+        """Keeps the entries where ``mask`` (bool [R, longest]) is true and frees what empties.
+
+        ``counts``: how many are kept in each head (int64 [R] on the host), where the caller knows.
+        """
+        counts = mask.sum(1).cpu() if counts is None else counts
+        if bool((counts == self.lengths[heads]).all()):
+            return
+        longest = int(counts.max())
+        rank = torch.where(mask, 1, 2)
+        rank = torch.where(self._in_whole_units(heads, mask), 0, rank)
+        index = rank.argsort(dim=1, stable=True)[:, :longest]
+        self.keys.take(heads, index, counts)
+        self.values.take(heads, index, counts)
+        if self.columns:
+            self.columns.take(heads, index, counts)
+        self.note_spans()
+
+    def drop(self, heads: slice | Tensor, victims: Tensor) -> None:
+        """Removes entries ``victims`` (int64 [R, e], distinct in a row) from each head; the order may change."""
+        if self.keys.settled or self.values.settled:
+            longest = int(self.lengths[heads].max())
+            mask = torch.arange(longest, device=victims.device) < self.lengths[heads].to(victims.device)[:, None]
+            return self.keep(heads, mask.scatter(1, victims, False), self.lengths[heads] - victims.shape[1])
+        for segment in self.segments:
+            segment.drop(heads, victims)
+        self.note_spans()
+
+    def pop_front(self, heads: slice | Tensor, counts: Tensor) -> None:
+        """Removes the oldest ``counts`` entries (int64 [R]) of heads that are dense throughout."""
+        assert not (self.keys.settled or self.values.settled)
+        for segment in self.segments:
+            segment.pop_front(heads, counts)
+        self.note_spans()
+
+    def replace(self, heads: slice | Tensor, index: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Overwrites entries ``index`` (int64 [R, m], distinct in a row) by [R, m, size] keys and values (merging)."""
+        self.keys.replace(heads, index, keys)
+        self.values.replace(heads, index, values)
+
+    def share(self, heads: slice | Tensor, source: "Store", source_heads: slice | Tensor) -> None:
+        """Gives empty ``heads`` the entries of another store's heads, by reference, copied on the first write."""
+        for mine, theirs in zip(self.segments, source.segments, strict=True):
+            mine.share(heads, theirs, source_heads)
+        self.note_spans()
+
+    def free(self, heads: slice | Tensor) -> None:
+        """Gives every page of these heads back."""
+        for segment in self.segments:
+            segment.free(heads)
+
+    @property
+    def bookkeeping_bytes(self) -> int:
+        return sum(segment.bookkeeping_bytes for segment in self.segments)
+
+    def note_spans(self) -> None:
+        """Notes for each segment whether its heads are all alike (after any operation that may have made them so)."""
+        for segment in self.segments:
+            segment.settle_span()
+
+    def _open_segments(self) -> list[Segment]:
+        return [self.keys.tail, self.values.tail, *([self.columns] if self.columns else [])]
+
+    def _in_whole_units(self, heads: slice | Tensor, mask: Tensor) -> Tensor:
+        """Entries whose whole unit stays and is settled on both sides: kept first, they need no new encoding."""
+        sides = [side for side in (self.keys, self.values) if side.settled]
+        unit = max((side.settled.unit for side in sides if side.settled), default=1)
+        if unit == 1:
+            return torch.zeros_like(mask)
+        bound = torch.stack([side.settled.lengths[heads] for side in sides if side.settled]).amin(0).to(mask.device)
+        units = mask.shape[1] // unit
+        whole = mask[:, : units * unit].unflatten(1, (units, unit)).all(2)
+        whole &= (torch.arange(1, units + 1, device=mask.device) * unit) <= bound[:, None]
+        full = torch.zeros_like(mask)
+        full[:, : units * unit] = whole.repeat_interleave(unit, 1)
+        return full
