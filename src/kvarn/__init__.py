@@ -1,1 +1,8 @@
 """kvarn: the place where the key-value cache of language models is managed."""
+
+from .cache import Cache
+from .methods import METHODS, Method
+from .recipe import Plan, Recipe
+from .report import Report
+
+__all__ = ["METHODS", "Cache", "Method", "Plan", "Recipe", "Report"]

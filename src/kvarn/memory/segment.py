@@ -38,6 +38,13 @@ class Segment:
         return self.format.unit
 
     @property
+    def page_bytes(self) -> int:
+        """Bytes of the pages these heads refer to, a page that several of them share counted once."""
+        held = self._pages_of(self.starts + self.lengths)
+        pages = self.table[torch.arange(self.table.shape[1]) < held[:, None]]
+        return (pages.unique().numel() if self.pool.shared else pages.numel()) * self.pool.page_bytes
+
+    @property
     def bookkeeping_bytes(self) -> int:
         """Bytes of the page table, starts and lengths."""
         return self.table.numel() * TABLE_ENTRY + self.lengths.numel() * HEAD_OVERHEAD

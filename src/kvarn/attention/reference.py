@@ -1,0 +1,201 @@
+"""Attention over parts of a cache, merged by their log-sum-exps, in plain torch on any device. The oracle.
+
+Shapes: B sequences, H query heads, K KV heads, G = H / K query heads a KV head, q queries, n entries, D head size.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+# Queries that the explicit path takes at once: bounds its logits to QUERY_BLOCK x n numbers a query head.
+QUERY_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Part:
+    """Entries that are read together.
+
+    ``keys`` and ``values`` are [B, K, n, D]. ``mask`` (bool, [B or 1, K or 1, q or 1, n]) says which entries a query
+    may read; None means all, or with ``causal`` the first n - q + i + 1 for query i. ``log_weight`` ([B, K, n]) is
+    added to the logits. The logits are divided by ``temperature``, and in the merge the part's mass counts ``scale``
+    times (parallel contexts).
+    """
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None = None
+    causal: bool = False
+    log_weight: Tensor | None = None
+    temperature: float = 1.0
+    scale: float = 1.0
+
+    @property
+    def plain(self) -> bool:
+        return self.temperature == 1.0 and self.scale == 1.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a layer's attention computes: softmax(softcap(q k * scaling)) v, with ``sinks`` ([H] logits) that take
+    mass and give nothing."""
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.softcap is None and self.sinks is None
+
+
+def attend(query: Tensor, parts: Sequence[Part], variant: Variant) -> Tensor:
+    """Attention of ``query`` [B, H, q, D] over all parts together -> [B, H, q, D].
+
+    torch's fused kernel computes it where only masks and log-weights are asked for, the explicit path the rest.
+    """
+    if variant.plain and all(part.plain for part in parts):
+        return _fused(query, joined(parts, query.shape[2]), variant.scaling)
+    return attend_with_mass(query, parts, variant)[0]
+
+
+def attend_with_mass(query: Tensor, parts: Sequence[Part], variant: Variant) -> tuple[Tensor, list[Tensor]]:
+    """``attend`` by the explicit path, and the mass of ``mass_received``."""
+    outputs, masses = [], _no_mass(query, parts)
+    for block, rows in _blocks(query, parts):
+        weighed = [weights(block, part, variant) for part in rows]
+        merging = shares(block, [lse for lse, _ in weighed], variant)
+        partials = [p @ part.values.float()[:, :, None] for (_, p), part in zip(weighed, rows, strict=True)]
+        outputs.append(torch.stack([share * out for share, out in zip(merging, partials, strict=True)]).sum(0))
+        _receive(masses, merging, weighed)
+    return torch.cat(outputs, 3).flatten(1, 2).to(query.dtype), masses
+
+
+def mass_received(query: Tensor, parts: Sequence[Part], variant: Variant) -> list[Tensor]:
+    """The probability mass that each entry received from all queries together: for each part [B, K, G, n] in fp32."""
+    masses = _no_mass(query, parts)
+    for block, rows in _blocks(query, parts):
+        weighed = [weights(block, part, variant) for part in rows]
+        _receive(masses, shares(block, [lse for lse, _ in weighed], variant), weighed)
+    return masses
+
+
+def weights(query: Tensor, part: Part, variant: Variant) -> tuple[Tensor, Tensor]:
+    """Softmax of [B, K, G, q, D] queries over one part alone, in fp32: its log-sum-exp [B, K, G, q] (-inf where
+    nothing may be read) and the probabilities [B, K, G, q, n]."""
+    logits = query.float() @ part.keys.float().transpose(-1, -2)[:, :, None] * variant.scaling
+    if variant.softcap is not None:
+        logits = variant.softcap * torch.tanh(logits / variant.softcap)
+    if part.temperature != 1.0:
+        logits = logits / part.temperature
+    if part.log_weight is not None:
+        logits = logits + part.log_weight.float()[:, :, None, None]
+    mask = read_mask(part, query.shape[3])
+    if mask is not None:
+        logits = logits.masked_fill(~mask[:, :, None], -torch.inf)
+    lse = torch.logsumexp(logits, -1)
+    return lse + math.log(part.scale), logits.sub_(_finite(lse)[..., None]).exp_()
+
+
+def shares(query: Tensor, lses: Sequence[Tensor], variant: Variant) -> list[Tensor]:
+    """What each part's own softmax counts in the merge: exp(lse - log-sum-exp of all), [B, K, G, q, 1]."""
+    everything = list(lses)
+    if variant.sinks is not None:
+        sinks = variant.sinks.float().view(1, query.shape[1], query.shape[2], 1)
+        everything.append(sinks.expand_as(lses[0]))
+    total = _finite(torch.logsumexp(torch.stack(everything), 0))
+    return [torch.exp(lse - total)[..., None] for lse in lses]
+
+
+def read_mask(part: Part, queries: int) -> Tensor | None:
+    """The mask of a part as a tensor ([B or 1, K or 1, q or 1, n]), its causal rule included; None: no mask."""
+    if not part.causal or part.mask is not None:
+        return part.mask
+    n = part.keys.shape[2]
+    rows = torch.arange(n - queries, n, device=part.keys.device)[:, None]
+    return (torch.arange(n, device=part.keys.device) <= rows)[None, None]
+
+
+def joined(parts: Sequence[Part], queries: int) -> Part:
+    """Plain parts as one part over the concatenation of their entries."""
+    if len(parts) == 1:
+        return parts[0]
+    masks = [_full_mask(part, queries) for part in parts]
+    shape = torch.broadcast_shapes(*(mask.shape[:3] for mask in masks))
+    weights = [p.log_weight if p.log_weight is not None else p.keys.new_zeros(p.keys.shape[:3]) for p in parts]
+    return Part(
+        torch.cat([part.keys for part in parts], 2),
+        torch.cat([part.values for part in parts], 2),
+        torch.cat([mask.expand(*shape, -1) for mask in masks], 3),
+        log_weight=torch.cat(weights, 2) if any(p.log_weight is not None for p in parts) else None,
+    )
+
+
+def _fused(query: Tensor, part: Part, scaling: float) -> Tensor:
+    queries, group = query.shape[2], query.shape[1] // part.keys.shape[1]
+    mask, causal = _fused_mask(part, queries)
+    if mask is None:
+        return scaled_dot_product_attention(
+            query, part.keys, part.values, is_causal=causal, scale=scaling, enable_gqa=group > 1
+        )
+    if queries == 1:
+        # The query heads of a KV head become its queries, so that keys and values need not be repeated.
+        folded = scaled_dot_product_attention(
+            query.unflatten(1, (-1, group)).squeeze(3), part.keys, part.values, attn_mask=mask, scale=scaling
+        )
+        return folded.flatten(1, 2)[:, :, None]
+    keys, values = part.keys.repeat_interleave(group, 1), part.values.repeat_interleave(group, 1)
+    mask = mask.repeat_interleave(group, 1) if mask.shape[1] > 1 else mask
+    return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+
+
+def _fused_mask(part: Part, queries: int) -> tuple[Tensor | None, bool]:
+    """The mask as the fused kernel takes it, or None and whether its causal rule does."""
+    if part.log_weight is not None:
+        bias = part.log_weight[:, :, None].to(part.keys.dtype)
+        mask = read_mask(part, queries)
+        return (bias if mask is None else bias.masked_fill(~mask, -torch.inf)), False
+    if part.mask is None and (not part.causal or queries == 1 or queries == part.keys.shape[2]):
+        return None, part.causal and queries > 1
+    return read_mask(part, queries), False
+
+
+def _full_mask(part: Part, queries: int) -> Tensor:
+    mask = read_mask(part, queries)
+    return part.keys.new_ones((1, 1, 1, part.keys.shape[2]), dtype=torch.bool) if mask is None else mask
+
+
+def _finite(lse: Tensor) -> Tensor:
+    return lse.clamp(min=torch.finfo(lse.dtype).min)
+
+
+def _no_mass(query: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+    shape = (*parts[0].keys.shape[:2], query.shape[1] // parts[0].keys.shape[1])
+    return [torch.zeros((*shape, part.keys.shape[2]), device=query.device) for part in parts]
+
+
+def _receive(masses: list[Tensor], merging: list[Tensor], weighed: list[tuple[Tensor, Tensor]]) -> None:
+    for mass, share, (_, probabilities) in zip(masses, merging, weighed, strict=True):
+        mass[..., : probabilities.shape[-1]] += (share.transpose(-1, -2) @ probabilities).squeeze(-2)
+
+
+def _blocks(query: Tensor, parts: Sequence[Part]) -> Iterator[tuple[Tensor, list[Part]]]:
+    """Blocks of queries, [B, K, G, b, D], with what they may read of each part."""
+    grouped = query.unflatten(1, (parts[0].keys.shape[1], -1))
+    for first in range(0, query.shape[2], QUERY_BLOCK):
+        block = grouped[:, :, :, first : first + QUERY_BLOCK]
+        yield block, [_rows(part, first, QUERY_BLOCK, query.shape[2]) for part in parts]
+
+
+def _rows(part: Part, first: int, count: int, queries: int) -> Part:
+    """What queries first .. first + count of ``queries`` may read of a part."""
+    if part.mask is not None:
+        return replace(part, mask=part.mask if part.mask.shape[2] == 1 else part.mask[:, :, first : first + count])
+    if not part.causal:
+        return part
+    end = part.keys.shape[2] - queries + min(first + count, queries)
+    weight = part.log_weight[:, :, :end] if part.log_weight is not None else None
+    return replace(part, keys=part.keys[:, :, :end], values=part.values[:, :, :end], log_weight=weight)

@@ -1,0 +1,293 @@
+"""The cache that a user hands to ``model.generate(past_key_values=…)``."""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache as TransformersCache
+from transformers import PreTrainedModel
+
+from .attention.interface import NAME, Mask, Pending
+from .attention.reference import Variant
+from .errors import CacheMismatch, PromptTooLong, Unsupported
+from .group import LayerGroup, Step
+from .memory import Arena
+from .methods import Method
+from .recipe import Budget, Plan, Recipe, check_budget
+from .report import Report
+from .spec import LayerSpec, ModelSpec
+
+
+class Cache(TransformersCache):
+    """A KV cache that keeps what a recipe keeps, in the formats it chooses, within a budget.
+
+    ``model``: a transformers decoder; its attention implementation is set to "kvarn" (other caches keep working).
+    ``recipe``: as in ``Recipe.parse``. ``budget``: a float is a share of the bytes that a dense cache of the same tokens
+    would take, a string ("64MiB") bytes for the whole batch, an int entries a head; None: the recipe's own default.
+    ``page_size``: entries in a page.
+
+    Prompts (passes of several tokens) are attended to exactly and compressed layer by layer; passes of one token are
+    decoding steps. Nothing here carries gradients. Raises RecipeError, BudgetError or Unsupported here or, where the
+    lengths decide, at the first layer of a pass, before anything has changed.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recipe: str | Method | Recipe = "full",
+        budget: Budget = None,
+        *,
+        page_size: int = 16,
+    ):
+        super().__init__(layers=[])
+        self.recipe = Recipe.parse(recipe)
+        check_budget(budget)
+        self.budget, self.page_size = budget, page_size
+        self.spec = ModelSpec.from_config(model.config, model.dtype)
+        _refuse_idle(self.recipe, self.spec)
+        for layer in set(self.spec.layers):
+            self.recipe.layout(layer, self.spec.dtype, page_size)
+        _use_kvarn(model)
+        self._config = model.config.get_text_config(decoder=True)
+        self.plan: Plan | None = None
+        self._forget()
+
+    # -- what transformers calls --------------------------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Pending, Pending]:  # type: ignore[override]
+        """Takes the new keys and values of a layer ([B, K, q, D]) and returns handles for the attention function."""
+        if self._config._attn_implementation != NAME:
+            raise CacheMismatch(
+                f"the model's attention implementation is {self._config._attn_implementation!r}; a kvarn cache needs "
+                f"model.set_attn_implementation({NAME!r})"
+            )
+        self._check_shapes(key_states, value_states, layer_idx)
+        return Pending(key_states.detach(), self, layer_idx), Pending(value_states.detach(), self, layer_idx)
+
+    @torch.no_grad()
+    def attend(
+        self, module: nn.Module, layer: int, query: Tensor, keys: Tensor, values: Tensor, mask: Mask, variant: Variant
+    ) -> Tensor:
+        """Attention of one layer's queries ([B, H, q, D]) over the cache and the new tokens; stores the new tokens."""
+        if module.config is not self._config:
+            raise CacheMismatch("this cache was made for another model: make one for each model")
+        if layer == 0:
+            self._begin(keys, mask)
+        if self._step is None or layer != self._next_layer:
+            raise CacheMismatch(
+                f"layer {layer} came where layer {self._next_layer} was expected: the last pass was interrupted, or "
+                "layers were skipped; call reset() and give the tokens again"
+            )
+        group, step = self._group_of[layer], self._step
+        if self._decoding:
+            out = group.token(layer, query, keys, values, variant)
+        else:
+            out = group.prompt(layer, query, keys, values, step, variant)
+        self._next_layer += 1
+        if self._next_layer == len(self.spec.layers):
+            self._end(step, keys.shape[2])
+        return out
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The logical length: tokens that have passed, padding included, whatever was evicted."""
+        return self._logical
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._logical + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [layer.window is not None for layer in self.spec.layers]
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return bool(self._groups)
+
+    @property
+    def batch_size(self) -> int:
+        return self._seen.numel() if self._groups else -1
+
+    def __len__(self) -> int:
+        return len(self.spec.layers)
+
+    def __repr__(self) -> str:
+        return f"kvarn.Cache({str(self.recipe)!r}, budget={self.budget!r}, tokens={self._logical})"
+
+    def reset(self) -> None:
+        """Frees everything; the cache can be used again from the start."""
+        for group in self._groups:
+            group.store.free(group.everyone)
+        self._forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: sequence i becomes what sequence ``beam_idx[i]`` was. Pages are shared until written."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sequence ``repeats`` times, by reference."""
+        self.batch_select_indices(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps (or repeats) sequences ``indices`` of the batch, by reference."""
+        if not self._groups:
+            return
+        chosen = indices.to("cpu", torch.int64)
+        groups = [group.selected(chosen) for group in self._groups]
+        for group in self._groups:
+            group.store.free(group.everyone)
+        self._adopt(groups)
+        self._seen = self._seen[chosen]
+
+    def crop(self, tokens_to_remove: int) -> NoReturn:
+        """Refused: what was evicted or encoded cannot be put back."""
+        raise Unsupported(
+            "a kvarn cache cannot be cropped (assisted or speculative generation): what a recipe dropped cannot be put "
+            "back; fork() the cache before the tokens that may have to go"
+        )
+
+    # -- what kvarn adds ----------------------------------------------------------------------------------------
+
+    def fork(self) -> "Cache":
+        """A second cache with the same contents by reference: whoever writes first copies the page it writes."""
+        twin = object.__new__(Cache)
+        twin.__dict__.update(self.__dict__)
+        twin._adopt([group.selected(torch.arange(group.batch)) for group in self._groups])
+        twin._seen = self._seen.clone()
+        return twin
+
+    def free(self) -> None:
+        """Gives all pages back. The cache is empty afterwards."""
+        self.reset()
+
+    def report(self) -> Report:
+        """What the cache holds now, against a dense cache of the same tokens."""
+        return Report.of(self._groups, self._arena, self.spec, self._seen.tolist(), str(self.recipe))
+
+    def __del__(self) -> None:
+        # A fork shares its pools with others, which must see its pages again.
+        for group in getattr(self, "_groups", []):
+            group.store.free(group.everyone)
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        self._arena: Arena | None = None
+        self._adopt([])
+        self._seen = torch.zeros(0, dtype=torch.int64)
+        self._logical = 0
+        self._step: Step | None = None
+        self._decoding = False
+        self._next_layer = 0
+
+    def _adopt(self, groups: list[LayerGroup]) -> None:
+        self._groups = groups
+        self._group_of = {number: group for group in groups for number in group.numbers}
+
+    def _begin(self, keys: Tensor, mask: Mask) -> None:
+        """Before the first layer: the plan, the room, and every error that can be foreseen."""
+        if self._step is not None:
+            raise CacheMismatch("the last pass was interrupted before its last layer; call reset() and start again")
+        batch, tokens = keys.shape[0], keys.shape[2]
+        if self._groups and batch != self.batch_size:
+            raise CacheMismatch(f"the cache holds {self.batch_size} sequences, and a batch of {batch} came")
+        limit = self.spec.max_positions
+        if tokens > 1 and limit is not None and self._logical + tokens > limit:
+            raise PromptTooLong(
+                f"{self._logical + tokens} tokens, and the model has positions for {limit}: shorten the prompt"
+            )
+        before = self._seen if self._groups else torch.zeros(batch, dtype=torch.int64)
+        step = _step(before, batch, tokens, mask.valid, keys.device)
+        decoding = bool(self._groups) and tokens == 1 and not step.padded
+        plan = self.plan if decoding else self._resolve(step)
+        if not self._groups:
+            self._adopt(self._new_groups(batch, keys.device))
+        if decoding:
+            for group in self._groups:
+                group.begin_token(step)
+        elif plan is not None:
+            for group in self._groups:
+                group.capacity = torch.tensor(plan.entries)
+        self.plan, self._step, self._decoding, self._next_layer = plan, step, decoding, 0
+
+    def _resolve(self, step: Step) -> Plan:
+        return self.recipe.resolve(self.spec, self.budget, step.after.tolist(), self.page_size)
+
+    def _end(self, step: Step, tokens: int) -> None:
+        for group in self._groups:
+            if self._decoding:
+                group.end_token(step)
+            else:
+                group.end_prompt()
+        self._seen = step.after
+        self._logical += tokens
+        self._step, self._next_layer = None, 0
+
+    def _new_groups(self, batch: int, device: torch.device) -> list[LayerGroup]:
+        self._arena = arena = Arena(device, self.page_size)
+        members: dict[LayerSpec, list[int]] = {}
+        for number, layer in enumerate(self.spec.layers):
+            members.setdefault(layer, []).append(number)
+        dtype = self.spec.dtype
+        return [
+            LayerGroup(
+                numbers,
+                layer,
+                self.recipe.layout(layer, dtype, self.page_size),
+                self.recipe.eviction(layer, dtype),
+                arena,
+                batch,
+            )
+            for layer, numbers in members.items()
+        ]
+
+    def _check_shapes(self, keys: Tensor, values: Tensor, number: int) -> None:
+        if number >= len(self.spec.layers):
+            raise CacheMismatch(f"layer {number} of a model with {len(self.spec.layers)} layers: made for another model")
+        layer = self.spec.layers[number]
+        found = (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+        expected = (layer.kv_heads, layer.key_size, layer.value_size, self.spec.dtype)
+        if found != expected:
+            raise CacheMismatch(
+                f"layer {number} gave (KV heads, key size, value size, dtype) {found}; the cache was made for {expected}"
+            )
+
+
+def _step(before: Tensor, batch: int, tokens: int, valid: Tensor | None, device: torch.device) -> Step:
+    if valid is None:
+        positions = before.to(device)[:, None] + torch.arange(tokens, device=device)
+        return Step(positions, before, before + tokens, padded=False)
+    counted = before.to(device)[:, None] + valid.to(device).cumsum(1) - 1
+    positions = counted.masked_fill(~valid.to(device), -1)
+    return Step(positions, before, before + valid.sum(1).cpu(), padded=True)
+
+
+def _use_kvarn(model: PreTrainedModel) -> None:
+    if model.config._attn_implementation != NAME:
+        model.set_attn_implementation(NAME)
+    if model.config.get_text_config(decoder=True)._attn_implementation != NAME:
+        raise Unsupported(
+            f"{type(model).__name__} does not let its attention be replaced (it does not use transformers' attention "
+            "interface), so kvarn cannot serve it"
+        )
+
+
+def _refuse_idle(recipe: Recipe, spec: ModelSpec) -> None:
+    if recipe.names != ["full"] and all(layer.window is not None for layer in spec.layers):
+        raise Unsupported(
+            f"every layer of this {spec.architecture} has a sliding window of {spec.layers[0].window} tokens, which "
+            f"bounds its cache already; {recipe} acts on full-attention layers only. Use 'full', or set "
+            "config.sliding_window = None if your prompts are shorter"
+        )

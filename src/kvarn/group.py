@@ -1,0 +1,293 @@
+"""Layers that keep their entries alike: one store, and what happens to it in a prompt and in a decoding step.
+
+Shapes: B sequences, H query heads, K KV heads, q new tokens, n entries, D head size. Heads of the store are numbered
+(layer, sequence, KV head), so that a layer is a slice.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attention import Part, Variant, attend, attend_with_mass
+from .memory import Arena, Store, StoreLayout
+from .reduction import Eviction
+from .scoring import PromptView
+from .spec import LayerSpec
+
+
+@dataclass(frozen=True)
+class Step:
+    """The tokens of one forward pass.
+
+    ``positions`` (int64 [B, q], on the device) counts each sequence's real tokens from 0, -1 marks padding; ``before``
+    and ``after`` (int64 [B], on the host) are the tokens of each sequence before and after the pass.
+    """
+
+    positions: Tensor
+    before: Tensor
+    after: Tensor
+    padded: bool
+
+    @property
+    def counts(self) -> Tensor:
+        return self.after - self.before
+
+
+class LayerGroup:
+    """The entries of some layers with equal ``LayerSpec``, for ``batch`` sequences."""
+
+    def __init__(
+        self,
+        numbers: list[int],
+        layer: LayerSpec,
+        layout: StoreLayout,
+        eviction: Eviction | None,
+        arena: Arena,
+        batch: int,
+    ):
+        self.numbers, self.layer, self.eviction, self.arena, self.batch = numbers, layer, eviction, arena, batch
+        self.rows = batch * layer.kv_heads  # heads of one layer
+        self.store = Store(layout, arena, len(numbers) * self.rows)
+        self.capacity = torch.zeros(batch, dtype=torch.int64)  # entries a head may hold, where the recipe evicts
+        self._first = {number: place * self.rows for place, number in enumerate(numbers)}
+        self._token_columns: Mapping[str, Tensor] = {}
+        self._even = False  # whether all heads hold equally many entries
+
+    @property
+    def everyone(self) -> slice:
+        return slice(0, len(self.numbers) * self.rows)
+
+    def heads(self, number: int) -> slice:
+        """The store's heads of layer ``number``."""
+        first = self._first[number]
+        return slice(first, first + self.rows)
+
+    def entries(self) -> Tensor:
+        """Entries of each head, int64 [layers, B, K]."""
+        return self.store.lengths.view(len(self.numbers), self.batch, self.layer.kv_heads)
+
+    def selected(self, sequences: Tensor) -> "LayerGroup":
+        """A group of sequences ``sequences`` (int64 [B'], host; may repeat) of this one, sharing their pages."""
+        layout, kv_heads = self.store.layout, self.layer.kv_heads
+        group = LayerGroup(self.numbers, self.layer, layout, self.eviction, self.arena, sequences.numel())
+        within = (sequences[:, None] * kv_heads + torch.arange(kv_heads)).flatten()
+        heads = (torch.arange(len(self.numbers))[:, None] * self.rows + within).flatten()
+        group.store.share(group.everyone, self.store, heads)
+        group.capacity = self.capacity[sequences]
+        return group
+
+    # -- prompts ------------------------------------------------------------------------------------------------
+
+    def prompt(
+        self, number: int, query: Tensor, keys: Tensor, values: Tensor, step: Step, variant: Variant
+    ) -> Tensor:
+        """Attends new tokens to what is stored and to themselves, exactly, then stores what the recipe keeps."""
+        heads = self.heads(number)
+        stored = self._stored(heads)
+        out = attend(query, self._exact_parts(heads, stored, keys, values, step), variant)
+        in_hand = (keys, values) if stored is None else (keys, values, stored.keys, stored.values)
+        self.arena.note_peak(sum(tensor.nbytes for tensor in in_hand))
+        if self.eviction is not None:
+            self._store_best(heads, query, stored, keys, values, step, variant)
+        elif self.layer.window is not None:
+            self._store_window(heads, keys, values, step)
+        else:
+            self._append(heads, keys, values, step, step.positions[:, None] >= 0, step.counts[:, None])
+        return out
+
+    def end_prompt(self) -> None:
+        """After the last layer."""
+        self.store.note_spans()
+
+    # -- decoding -----------------------------------------------------------------------------------------------
+
+    def begin_token(self, step: Step) -> None:
+        """Before the first layer: makes room for one token in every head."""
+        self.store.open_token()
+        lengths = self.store.lengths
+        self._even = bool((lengths == lengths[0]).all())
+        if self.eviction is not None:
+            position = self._per_head(step.before).to(self.arena.device)
+            self._token_columns = {"position": position.to(torch.int32)}
+            if self.eviction.score.accumulates:
+                self._token_columns = {**self._token_columns, "mass": torch.zeros_like(position, dtype=torch.float32)}
+
+    def token(self, number: int, query: Tensor, keys: Tensor, values: Tensor, variant: Variant) -> Tensor:
+        """Stores one new token a sequence and attends it to all that is stored."""
+        heads = self.heads(number)
+        columns = {name: column[heads] for name, column in self._token_columns.items()}
+        self.store.put_token(heads, keys.flatten(0, 2), values.flatten(0, 2), columns)
+        part = self._part(heads, None if self._even else self._held(heads)[:, :, None])
+        if self.eviction is None or not self.eviction.score.accumulates:
+            return attend(query, [part], variant)
+        out, (mass,) = attend_with_mass(query, [part], variant)
+        self.store.add_to_column(heads, "mass", mass.mean(2).flatten(0, 1))
+        return out
+
+    def end_token(self, step: Step) -> None:
+        """After the last layer: encodes what is ripe, evicts what is over the capacity."""
+        self.arena.note_peak()
+        self.store.settle(self.everyone)
+        if self.eviction is not None and self.eviction.decode:
+            self._evict(self.eviction, step)
+        elif self.layer.window is not None:
+            excess = (self.store.lengths - (self.layer.window - 1)).clamp(min=0)
+            if bool(excess.any()):
+                self.store.pop_front(self.everyone, excess)
+
+    def _evict(self, eviction: Eviction, step: Step) -> None:
+        capacity = self._per_head(self.capacity)
+        heads = torch.nonzero(self.store.lengths > capacity).flatten()
+        if not heads.numel():
+            return
+        assert self.store.columns is not None
+        device = self.arena.device
+        state = (self.store.lengths, self._per_head(step.after), capacity)
+        victims = eviction.victims(self.store.columns.read(heads), *(t[heads].to(device) for t in state))
+        self.store.drop(heads, victims)
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _store_best(
+        self,
+        heads: slice,
+        query: Tensor,
+        stored: Part | None,
+        keys: Tensor,
+        values: Tensor,
+        step: Step,
+        variant: Variant,
+    ) -> None:
+        """Keeps the best of what is stored and what is new, by the recipe's score."""
+        assert self.eviction is not None
+        accumulates = self.eviction.score.accumulates
+        held = self.store.lengths[heads].view(self.batch, -1)
+        if not accumulates and bool((held + step.counts[:, None] <= self.capacity[:, None]).all()):
+            return self._append(heads, keys, values, step, step.positions[:, None] >= 0, step.counts[:, None])
+        view = self._view(heads, query, stored, keys, values, step, variant)
+        capacity = self.capacity[:, None].expand(-1, self.layer.kv_heads).to(query.device)
+        keep, scores = self.eviction.keep(view, capacity)
+        old = 0 if stored is None else stored.keys.shape[2]
+        if stored is not None:
+            if accumulates:
+                assert view.mass is not None
+                gained = torch.where(view.valid[..., :old], scores[..., :old] - view.mass, 0)
+                self.store.add_to_column(heads, "mass", gained.flatten(0, 1))
+            self.store.keep(heads, keep[..., :old].flatten(0, 1))
+            counts = keep[..., old:].sum(-1).cpu()
+        else:
+            counts = torch.minimum(self.capacity, step.counts)[:, None]
+        mass = scores[..., old:] if accumulates else None
+        self._append(heads, keys, values, step, keep[..., old:], counts, mass)
+
+    def _view(
+        self,
+        heads: slice,
+        query: Tensor,
+        stored: Part | None,
+        keys: Tensor,
+        values: Tensor,
+        step: Step,
+        variant: Variant,
+    ) -> PromptView:
+        new = step.positions[:, None].expand(-1, self.layer.kv_heads, -1)
+        positions, mass = new, None
+        if stored is not None:
+            old = self.store.read_column(heads, "position").long().view(self.batch, self.layer.kv_heads, -1)
+            old = old.masked_fill(~self._held(heads), -1)
+            positions = torch.cat([old, new], -1)
+            if self.eviction is not None and self.eviction.score.accumulates:
+                mass = self.store.read_column(heads, "mass").view_as(old).masked_fill(old < 0, 0)
+
+        def masked_parts(query_positions: Tensor) -> tuple[Part, ...]:
+            fresh = Part(keys, values, self._visible(query_positions, step.positions[:, None]))
+            if stored is None:
+                return (fresh,)
+            held = self._held(heads)[:, :, None] & (query_positions >= 0)[:, None, :, None]
+            return (Part(stored.keys, stored.values, held), fresh)
+
+        parts = masked_parts(step.positions) if step.padded or stored is not None else (Part(keys, values, causal=True),)
+        return PromptView(
+            query, step.positions, parts, variant, positions, step.after.to(query.device), mass, masked_parts
+        )
+
+    def _exact_parts(
+        self, heads: slice, stored: Part | None, keys: Tensor, values: Tensor, step: Step
+    ) -> list[Part]:
+        """What the new tokens may read: stored entries, and new ones up to themselves."""
+        window, queries = self.layer.window, keys.shape[2]
+        narrow = window is not None and int(step.after.max()) >= window
+        if step.padded or narrow:
+            fresh = Part(keys, values, self._visible(step.positions, step.positions[:, None]))
+        else:
+            fresh = Part(keys, values, causal=True)
+        if stored is None:
+            return [fresh]
+        lengths = self.store.lengths[heads]
+        mask = None
+        if window is not None:
+            # Layers with a sliding window hold their newest tokens in order, so positions follow from the lengths.
+            place = torch.arange(stored.keys.shape[2]) - lengths.view(self.batch, -1)[:, :1] + step.before[:, None]
+            mask = self._visible(step.positions, place[:, None].to(keys.device)) & self._held(heads)[:, :, None]
+        elif not bool((lengths == lengths[0]).all()):
+            mask = self._held(heads)[:, :, None].expand(-1, -1, queries, -1)
+        return [Part(stored.keys, stored.values, mask), fresh]
+
+    def _visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        """What queries at [B, q] may read of keys at [B, K or 1, n]: bool [B, K or 1, q, n]; -1 is padding."""
+        queries, keys = query_positions[:, None, :, None], key_positions[:, :, None]
+        visible = (keys <= queries) & (keys >= 0)
+        return visible if self.layer.window is None else visible & (keys > queries - self.layer.window)
+
+    def _store_window(self, heads: slice, keys: Tensor, values: Tensor, step: Step) -> None:
+        """Keeps the newest tokens that the next query of a sliding-window layer can still read."""
+        assert self.layer.window is not None
+        kept = self.layer.window - 1
+        held = self.store.lengths[heads].view(self.batch, -1)
+        self.store.pop_front(heads, (held + step.counts[:, None] - kept).clamp(min=0).minimum(held).flatten())
+        newest = step.positions >= (step.after - kept).clamp(min=0)[:, None].to(step.positions.device)
+        self._append(heads, keys, values, step, newest[:, None], step.counts.clamp(max=kept)[:, None])
+
+    def _append(
+        self,
+        heads: slice,
+        keys: Tensor,
+        values: Tensor,
+        step: Step,
+        keep: Tensor,
+        counts: Tensor,
+        mass: Tensor | None = None,
+    ) -> None:
+        """Appends the new tokens where ``keep`` (bool [B, K or 1, q]), ``counts`` ([B, K or 1], host) of each head."""
+        counts = counts.expand(-1, self.layer.kv_heads).flatten()
+        longest = int(counts.max())
+        if not longest:
+            return
+        position = step.positions.to(torch.int32)[:, None].expand(-1, self.layer.kv_heads, -1)
+        columns = {"position": position, **({} if mass is None else {"mass": mass})}
+        if longest < keys.shape[2] or step.padded:
+            index = (~keep).byte().argsort(dim=-1, stable=True)[..., :longest].expand(-1, self.layer.kv_heads, -1)
+            keys = keys.gather(2, index[..., None].expand(-1, -1, -1, keys.shape[3]))
+            values = values.gather(2, index[..., None].expand(-1, -1, -1, values.shape[3]))
+            columns = {name: column.gather(2, index) for name, column in columns.items()}
+        rows = {name: column.flatten(0, 1) for name, column in columns.items()}
+        self.store.append(heads, keys.flatten(0, 1), values.flatten(0, 1), rows, counts)
+
+    def _stored(self, heads: slice) -> Part | None:
+        return self._part(heads, None) if int(self.store.lengths[heads].max()) else None
+
+    def _part(self, heads: slice, mask: Tensor | None) -> Part:
+        keys = self.store.keys.read(heads).unflatten(0, (self.batch, -1))
+        return Part(keys, self.store.values.read(heads).unflatten(0, (self.batch, -1)), mask)
+
+    def _held(self, heads: slice) -> Tensor:
+        """Which of the entries that are read exist: bool [B, K, n] (heads shorter than the longest are padded)."""
+        lengths = self.store.lengths[heads]
+        held = torch.arange(int(lengths.max())) < lengths[:, None]
+        return held.view(self.batch, self.layer.kv_heads, -1).to(self.arena.device)
+
+    def _per_head(self, per_sequence: Tensor) -> Tensor:
+        """[B] -> [heads of the store]."""
+        return per_sequence.repeat_interleave(self.layer.kv_heads).repeat(len(self.numbers))

@@ -1,0 +1,59 @@
+"""What a method is: one published system as a composition of decisions."""
+
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from ..memory import SideLayout
+from ..reduction import Eviction
+from ..spec import LayerSpec
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Method:
+    """One published system. Its dataclass fields are its parameters, with the paper's defaults.
+
+    A method answers for the decisions it makes and leaves the others alone: ``eviction`` what to keep, ``encoding`` in
+    which format. Methods that leave each other's decisions alone combine with ``+``.
+    """
+
+    name: ClassVar[str]
+    family: ClassVar[str]
+    acts: ClassVar[str]  # where it acts, in words
+    needs: ClassVar[str]  # what it observes, in words
+    citation: ClassVar[str]  # title, year, arXiv id
+
+    def eviction(self) -> Eviction | None:
+        """What to keep and what to drop; None: everything."""
+        return None
+
+    def encoding(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout] | None:
+        """How keys and values of a layer are kept; None: dense."""
+        return None
+
+    def decides(self) -> set[str]:
+        """The decisions this method makes."""
+        made = set()
+        if type(self).eviction is not Method.eviction:
+            made.add("keep")
+        if type(self).encoding is not Method.encoding:
+            made.add("encode")
+        return made
+
+    def __add__(self, other: "Method | Recipe") -> "Recipe":
+        from ..recipe import Recipe
+
+        return Recipe((self,)) + other
+
+    def __str__(self) -> str:
+        given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != default_of(f)]
+        return f"{self.name}({', '.join(given)})" if given else self.name
+
+
+def default_of(field: Field) -> Any:
+    """The default of a parameter; MISSING where it has none."""
+    return field.default_factory() if field.default_factory is not MISSING else field.default

@@ -1,0 +1,62 @@
+"""What is over budget is dropped: which entries go, at the end of a prompt and between decoding steps."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..scoring import PromptView, Score, protected
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """Keeps the best entries of each head by a score.
+
+    Always kept: the first ``sinks`` tokens, the newest ``recent`` ones, and of a capacity of C entries the newest
+    ``recent_share * C``. ``decode``: evicts between decoding steps too, ``interval`` entries at once, so that a head
+    never holds more than C; None: one, or with a format that encodes units of tokens, as many as a unit.
+    ``default``: entries to keep where the user gives no budget, as a number or, where a float, as a share of the
+    prompt's tokens.
+    """
+
+    score: Score
+    default: int | float
+    sinks: int = 0
+    recent: int = 0
+    recent_share: float = 0.0
+    decode: bool = False
+    interval: int | None = None
+
+    @property
+    def least(self) -> int:
+        """Entries below which the method cannot act as it should."""
+        return self.sinks + self.recent + self.at_once
+
+    @property
+    def at_once(self) -> int:
+        """Entries that leave a full head together."""
+        return self.interval or 1
+
+    def keep(self, view: PromptView, capacity: Tensor) -> tuple[Tensor, Tensor]:
+        """Which candidates stay in a layer: bool [B, K, n], and the scores [B, K, n]. ``capacity`` is [B, K]."""
+        scores = self.score.prompt(view)
+        recent = self.recent + (capacity * self.recent_share).long()
+        protect = view.among_last(recent.amax(1)) | (view.positions < self.sinks)
+        ranked = protected(scores, protect).masked_fill(~view.valid, -torch.inf)
+        most = min(int(capacity.max()), ranked.shape[-1])
+        best = ranked.topk(most, -1).indices
+        within = torch.arange(most, device=best.device) < capacity.to(best.device)[..., None]
+        return torch.zeros_like(view.valid).scatter_(-1, best, within) & view.valid, scores
+
+    def victims(self, columns: Mapping[str, Tensor], lengths: Tensor, seen: Tensor, capacity: Tensor) -> Tensor:
+        """The ``at_once`` entries that leave each head, int64 [R, at_once].
+
+        ``columns`` are [R, n]; ``lengths``, ``seen`` (tokens of the sequence) and ``capacity`` are [R].
+        """
+        positions = columns["position"]
+        recent = self.recent + (capacity * self.recent_share).long()
+        protect = (positions >= (seen - recent)[:, None]) | (positions < self.sinks)
+        beyond = torch.arange(positions.shape[1], device=positions.device) >= lengths[:, None]
+        ranked = protected(self.score.stored(columns), protect | beyond)
+        return ranked.topk(self.at_once, -1, largest=False).indices

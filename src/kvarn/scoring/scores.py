@@ -1,0 +1,81 @@
+"""How much each entry matters: the scores that eviction methods share. Higher is kept."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d
+
+from ..attention import mass_received
+from .view import PromptView, concatenated
+
+
+class Score(ABC):
+    """A score over entries. ``accumulates``: it needs each entry's attention mass kept in the column "mass"."""
+
+    accumulates: bool = False
+
+    @abstractmethod
+    def prompt(self, view: PromptView) -> Tensor:
+        """Scores of all candidates at the end of a prompt, fp32 [B, K, n]."""
+
+    def stored(self, columns: Mapping[str, Tensor]) -> Tensor:
+        """Scores of stored entries between decoding steps, from their columns ([R, n] each): fp32 [R, n]."""
+        raise TypeError(f"{type(self).__name__} scores prompts only")
+
+
+class Recency(Score):
+    """The later, the more."""
+
+    def prompt(self, view: PromptView) -> Tensor:
+        return view.positions.float()
+
+    def stored(self, columns: Mapping[str, Tensor]) -> Tensor:
+        return columns["position"].float()
+
+
+@dataclass(frozen=True)
+class AccumulatedMass(Score):
+    """Attention mass received from all queries so far, averaged over the query heads of a KV head.
+
+    H2O (arXiv 2306.14048): column sums of the softmax, in fp32, without decay or normalization.
+    """
+
+    accumulates = True
+
+    def prompt(self, view: PromptView) -> Tensor:
+        mass = concatenated(mass_received(view.query, view.masked_parts(view.query_positions), view.variant)).mean(2)
+        if view.mass is not None:
+            mass[..., : view.mass.shape[-1]] += view.mass
+        return mass
+
+    def stored(self, columns: Mapping[str, Tensor]) -> Tensor:
+        return columns["mass"]
+
+
+@dataclass(frozen=True)
+class WindowMass(Score):
+    """Mass received from the last ``window`` queries of the prompt, pooled over neighbours, averaged over the group.
+
+    SnapKV (arXiv 2404.14469, section 4): the softmax runs over all keys, the window's own included; the votes of the
+    window's keys are left out before pooling.
+    """
+
+    window: int
+    kernel: int
+    pooling: Literal["max", "avg"]
+
+    def prompt(self, view: PromptView) -> Tensor:
+        votes = concatenated(mass_received(*view.last_queries(self.window), view.variant))
+        votes = votes.masked_fill(view.among_last(self.window)[:, :, None], 0)
+        pool = max_pool1d if self.pooling == "max" else avg_pool1d
+        pooled = pool(votes.flatten(0, 2)[:, None], self.kernel, stride=1, padding=self.kernel // 2)
+        return pooled.view_as(votes).mean(2)
+
+
+def protected(scores: Tensor, mask: Tensor) -> Tensor:
+    """Scores with the entries in ``mask`` raised above all others."""
+    return scores.masked_fill(mask, torch.inf)

@@ -1,0 +1,49 @@
+"""What a score sees of a layer when a prompt has been attended to."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..attention import Part, Variant
+
+
+@dataclass(frozen=True)
+class PromptView:
+    """One layer at the end of a prompt, before anything of it is stored.
+
+    Candidates are the entries stored earlier, then the new ones: n in all, part by part. ``positions`` ([B, K, n],
+    int64) counts the tokens of each sequence from 0; -1 marks padding. ``mass`` ([B, K, stored], fp32) is what stored
+    entries had received before, where the score keeps that column. ``masked_parts`` gives the parts as a subset of
+    queries may read them.
+    """
+
+    query: Tensor  # [B, H, q, D], the prompt's queries after RoPE
+    query_positions: Tensor  # [B, q] int64, -1 for padding
+    parts: tuple[Part, ...]
+    variant: Variant
+    positions: Tensor
+    seen: Tensor  # [B] int64, tokens of each sequence so far, this prompt included
+    mass: Tensor | None
+    masked_parts: Callable[[Tensor], tuple[Part, ...]]
+
+    def last_queries(self, count: int) -> tuple[Tensor, tuple[Part, ...]]:
+        """The last ``count`` real tokens of each prompt (fewer give rows that read nothing): [B, H, count, D]."""
+        count = min(count, self.query.shape[2])
+        index = self.query_positions.argsort(dim=1, stable=True)[:, -count:]
+        query = self.query.gather(2, index[:, None, :, None].expand(-1, self.query.shape[1], -1, self.query.shape[3]))
+        return query, self.masked_parts(self.query_positions.gather(1, index))
+
+    def among_last(self, counts: Tensor | int) -> Tensor:
+        """Which candidates are among the last ``counts`` ([B] or one number) tokens of their sequence: [B, K, n]."""
+        return self.positions >= (self.seen - counts)[:, None, None]
+
+    @property
+    def valid(self) -> Tensor:
+        return self.positions >= 0
+
+
+def concatenated(per_part: list[Tensor]) -> Tensor:
+    """Per-part tensors over entries as one over all candidates."""
+    return per_part[0] if len(per_part) == 1 else torch.cat(per_part, -1)

@@ -1,0 +1,81 @@
+"""What kvarn needs to know of a model, read from its transformers config."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from .errors import Unsupported
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One attention layer: its heads, the sizes of a key and a value, and its sliding window (None: full attention)."""
+
+    query_heads: int
+    kv_heads: int
+    key_size: int
+    value_size: int
+    window: int | None
+
+    @property
+    def entry_numbers(self) -> int:
+        """Numbers in the keys and values of one token, all KV heads together."""
+        return self.kv_heads * (self.key_size + self.value_size)
+
+    def kept_dense(self, tokens: int) -> int:
+        """Tokens that a plain cache holds in this layer after ``tokens`` tokens."""
+        return tokens if self.window is None else min(tokens, self.window - 1)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A decoder: its layers, its dtype and the number of positions it was trained for (None: not stated)."""
+
+    architecture: str
+    layers: tuple[LayerSpec, ...]
+    dtype: torch.dtype
+    max_positions: int | None
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig, dtype: torch.dtype) -> "ModelSpec":
+        """Reads a text decoder's config; raises Unsupported, naming the architecture, where kvarn cannot serve it."""
+        text = config.get_text_config(decoder=True)
+        name = text.model_type
+        _refuse_unless_decoder(text, name)
+        types = get_layer_types_and_kwargs(text)[0]
+        unknown = set(types) - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise Unsupported(f"{name} has layers of type {', '.join(sorted(unknown))}; kvarn does full and sliding ones")
+        heads = text.num_attention_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        layers = tuple(
+            LayerSpec(
+                query_heads=heads,
+                kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+                key_size=size,
+                value_size=size,
+                window=text.sliding_window if kind == "sliding_attention" else None,
+            )
+            for kind in types
+        )
+        return cls(name, layers, dtype, getattr(text, "max_position_embeddings", None))
+
+    def dense_bytes(self, tokens: int) -> int:
+        """Bytes that a plain cache in the model's dtype holds after ``tokens`` tokens of one sequence."""
+        return sum(layer.kept_dense(tokens) * layer.entry_numbers for layer in self.layers) * self.dtype.itemsize
+
+
+def _refuse_unless_decoder(config: PretrainedConfig, name: str) -> None:
+    reasons = {
+        "is an encoder-decoder": getattr(config, "is_encoder_decoder", False),
+        "uses multi-head latent attention": getattr(config, "kv_lora_rank", None),
+        "shares caches between layers": getattr(config, "num_kv_shared_layers", None),
+        "attends in both directions": not getattr(config, "is_causal", True)
+        or getattr(config, "use_bidirectional_attention", None),
+        "has no plain attention heads": not hasattr(config, "num_attention_heads"),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise Unsupported(f"{name} {reason}, which kvarn does not support; use transformers' own cache for it")
