@@ -1,5 +1,6 @@
 """The cache that a user hands to ``model.generate(past_key_values=…)``."""
 
+import sys
 from typing import Any, NoReturn
 
 import torch
@@ -178,6 +179,8 @@ class Cache(TransformersCache):
 
     def __del__(self) -> None:
         # A fork shares its pools with others, which must see its pages again.
+        if sys.is_finalizing():
+            return
         for group in getattr(self, "_groups", []):
             group.store.free(group.everyone)
 

@@ -31,7 +31,7 @@ class Eviction:
     @property
     def least(self) -> int:
         """Entries below which the method cannot act as it should."""
-        return self.sinks + self.recent + self.at_once
+        return self.sinks + self.recent + (self.at_once if self.decode else 1)
 
     @property
     def at_once(self) -> int:
@@ -45,7 +45,8 @@ class Eviction:
         protect = view.among_last(recent.amax(1)) | (view.positions < self.sinks)
         ranked = protected(scores, protect).masked_fill(~view.valid, -torch.inf)
         most = min(int(capacity.max()), ranked.shape[-1])
-        best = ranked.topk(most, -1).indices
+        # Pooled scores have plateaus: a stable sort breaks ties by age, whatever the batch and its padding.
+        best = ranked.argsort(dim=-1, descending=True, stable=True)[..., :most]
         within = torch.arange(most, device=best.device) < capacity.to(best.device)[..., None]
         return torch.zeros_like(view.valid).scatter_(-1, best, within) & view.valid, scores
 
@@ -56,7 +57,8 @@ class Eviction:
         """
         positions = columns["position"]
         recent = self.recent + (capacity * self.recent_share).long()
+        recent = recent.minimum(capacity + 1 - self.at_once)
         protect = (positions >= (seen - recent)[:, None]) | (positions < self.sinks)
         beyond = torch.arange(positions.shape[1], device=positions.device) >= lengths[:, None]
         ranked = protected(self.score.stored(columns), protect | beyond)
-        return ranked.topk(self.at_once, -1, largest=False).indices
+        return ranked.argsort(dim=-1, stable=True)[:, : self.at_once]
