@@ -283,11 +283,21 @@ def test_cut_gguf(cache, tiny_gguf):
 def test_gguf_of_unknown_architecture(cache, tmp_path):
     path = tmp_path / "odd.gguf"
     writer = gguf.GGUFWriter(path, "kvarn-odd")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_merges(MERGES)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(Unsupported, match="kvarn-odd"):
+        models.load(path)
+
+
+def test_gguf_with_unknown_splitting_rule(cache, tmp_path):
+    path = tmp_path / "odd.gguf"
+    write_gguf(path, make_tiny("llama"), pre="kvarn-odd")
+    with pytest.raises(Unsupported, match=r"odd\.gguf.*kvarn-odd.*smollm"):
         models.load(path)
 
 
