@@ -37,7 +37,7 @@ from transformers import (
 from kvarn.errors import ModelNotFound, Unsupported
 from kvarn.gguf_tokenizer import build_tokenizer, stop_tokens
 
-_CONVERSION = 1  # part of each cache key; raise it when the conversion writes something else than before
+_CONVERSION = 2  # part of each cache key; raise it when the conversion writes something else than before
 _MANIFEST = "kvarn.json"
 
 
