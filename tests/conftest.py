@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -20,6 +21,10 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+# The same examples in every run; how long one takes depends on what else the machine does.
+settings.register_profile("kvarn", deadline=None, derandomize=True, database=None)
+settings.load_profile("kvarn")
 
 WINDOW = 16  # of every tiny model with sliding-window layers
 

@@ -97,7 +97,9 @@ def test_custom_masks_are_refused_with_a_kvarn_cache(name: str) -> None:
     assert torch.equal(model(ids, past_key_values=cache).logits, expected)
 
 
-IN_PLACE = pytest.mark.xfail(strict=True, raises=RuntimeError, reason="weights() overwrites what the backward pass needs")
+IN_PLACE = pytest.mark.xfail(
+    strict=True, raises=RuntimeError, reason="weights() overwrites what the backward pass needs"
+)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,9 @@ def test_gradients_as_the_model_computes_them(name: str) -> None:
 class Recorder:
     """A cache that notes what it is asked and answers with the queries."""
 
-    def attend(self, module: object, layer: int, query: Tensor, keys: Tensor, values: Tensor, mask: Mask, variant: object) -> Tensor:
+    def attend(
+        self, module: object, layer: int, query: Tensor, keys: Tensor, values: Tensor, mask: Mask, variant: object
+    ) -> Tensor:
         self.asked = (layer, keys, values, mask, variant)
         return query
 

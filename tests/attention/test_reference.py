@@ -197,7 +197,10 @@ def test_any_split_gives_what_the_whole_gives(
     bounds = [0, *sorted(min(cut, n) for cut in cuts), n]
     parts = [
         Part(
-            keys[:, :, a:b], values[:, :, a:b], mask[..., a:b], log_weight=None if log_weight is None else log_weight[..., a:b]
+            keys[:, :, a:b],
+            values[:, :, a:b],
+            mask[..., a:b],
+            log_weight=None if log_weight is None else log_weight[..., a:b],
         )
         for a, b in zip(bounds, bounds[1:], strict=False)
         if a < b
@@ -286,7 +289,10 @@ def test_half_precision(dtype: torch.dtype, variant: str, q: int) -> None:
 def test_large_logits_neither_overflow_nor_vanish(variant: str) -> None:
     keys, values = entries(6)
     parts = [Part(keys * 300, values), Part(keys * -300, values, causal=True)]
-    for out in (attend(queries(4), parts, VARIANTS[variant]), attend_with_mass(queries(4), parts, VARIANTS[variant])[0]):
+    for out in (
+        attend(queries(4), parts, VARIANTS[variant]),
+        attend_with_mass(queries(4), parts, VARIANTS[variant])[0],
+    ):
         assert bool(torch.isfinite(out).all())
         assert float(out.abs().max()) <= float(values.abs().max()) + 1e-3
 

@@ -75,7 +75,10 @@ def held_pages(segment: Segment) -> list[list[int]]:
 
 def page_nbytes(pool: Pool) -> int:
     """Bytes of a page as torch has them, with its place on the free list and its reference count."""
-    return sum(math.prod(t.shape[1:]) * t.element_size() for t in pool.tensors.values()) + 2 * pool.references.element_size()
+    return (
+        sum(math.prod(t.shape[1:]) * t.element_size() for t in pool.tensors.values())
+        + 2 * pool.references.element_size()
+    )
 
 
 def check_pages(arena: Arena, stores: list[Store]) -> None:

@@ -22,7 +22,6 @@ def make_pool(fmt: Format = FORMATS[0], page_size: int = 4, ceiling: int | None 
     return Arena(CPU, page_size, ceiling).pool(fmt)
 
 
-
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_bytes_are_those_of_the_tensors(fmt: Format) -> None:
     pool = make_pool(fmt)
@@ -30,7 +29,9 @@ def test_bytes_are_those_of_the_tensors(fmt: Format) -> None:
     assert pool.page_bytes == page_nbytes(pool)
     assert pool.bytes == pool.arena.bytes == 5 * pool.page_bytes
     tensors = sum(t.untyped_storage().nbytes() for t in pool.tensors.values())
-    assert pool.reserved_bytes == tensors + pool.references.nbytes + pool._free.nbytes == pool.capacity * pool.page_bytes
+    assert (
+        pool.reserved_bytes == tensors + pool.references.nbytes + pool._free.nbytes == pool.capacity * pool.page_bytes
+    )
     assert pool.arena.reserved_bytes == pool.reserved_bytes
     pool.release(pages)
     assert pool.bytes == 0
@@ -96,7 +97,9 @@ def test_a_ceiling_bounds_all_pools_together() -> None:
     assert (arena.bytes, arena.affordable(small), arena.affordable(large)) == (936, 3, 2)
     for pool in (small, large):
         capacity = pool.capacity
-        with pytest.raises(OutOfMemory, match=rf"asked for {pool.page_bytes:,} bytes \(1 pages of dense\), but only 64 "):
+        with pytest.raises(
+            OutOfMemory, match=rf"asked for {pool.page_bytes:,} bytes \(1 pages of dense\), but only 64 "
+        ):
             pool.allocate(1)
         assert pool.capacity == capacity
     with pytest.raises(OutOfMemory, match=r"2 pages of dense, 1 pages of dense"):
