@@ -124,11 +124,18 @@ def test_recipes_that_cannot_be(text: str, message: str) -> None:
         "kivi(**{})",
         "kivi(bits=x)",
         "kivi - full",
-    ]
-    + ["a.kivi()", "kivi()()", "'kivi'", "kivi(bits=", "kivi(bits=f())", "\0", "(" * 400, "kivi; full"],
+        "a.kivi()",
+        "kivi()()",
+        "'kivi'",
+        "kivi(bits=",
+        "kivi(bits=f())",
+        "\0",
+        "(" * 400,
+        "kivi; full",
+    ],
 )
 def test_text_that_cannot_be_read(text: str) -> None:
-    with pytest.raises(RecipeError, match="cannot read the recipe .*: write methods joined by"):
+    with pytest.raises(RecipeError, match=r"cannot read the recipe .*: write methods joined by"):
         Recipe.parse(text)
 
 
@@ -176,7 +183,7 @@ def test_sizes(text: str, expected: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "MiB", "-1", "1e9", "64 Mbit", "1,000", "1.MB", "one", "64MiB more"])
 def test_what_is_not_a_size(text: str) -> None:
-    with pytest.raises(BudgetError, match="is not a size: write a number and one of B, KB.*as in '64MiB'"):
+    with pytest.raises(BudgetError, match=r"is not a size: write a number and one of B, KB.*as in '64MiB'"):
         check_budget(text)
 
 
@@ -185,8 +192,11 @@ NOT_FINITE = pytest.mark.xfail(strict=True, reason="taken, and fails later with 
 
 @pytest.mark.parametrize(
     "budget",
-    [0, -1, 0.0, -0.5, True, False, [1], 2j]
-    + [pytest.param(float("nan"), marks=NOT_FINITE), pytest.param(float("inf"), marks=NOT_FINITE)],
+    [
+        *(0, -1, 0.0, -0.5, True, False, [1], 2j),
+        pytest.param(float("nan"), marks=NOT_FINITE),
+        pytest.param(float("inf"), marks=NOT_FINITE),
+    ],
 )
 def test_what_is_not_a_budget(budget: object) -> None:
     with pytest.raises(BudgetError, match=re.escape(f"budget {budget!r}: give a float above 0")):
@@ -228,8 +238,7 @@ def test_shares_are_kept_to_and_more_gives_no_less(
     recipe = Recipe.parse(text)
     try:
         plan = recipe.resolve(spec, budget, [length], page_size)
-    except BudgetError as error:
-        assert "needs at least" in str(error)
+    except BudgetError:  # below the least: see test_the_least_that_is_named_is_enough
         return
     larger = recipe.resolve(spec, budget + more, [length], page_size)
     assert plan.allowed == [int(budget * spec.dense_bytes(length))]

@@ -179,5 +179,5 @@ def test_a_kvarn_cache_says_when_the_model_attends_otherwise() -> None:
     model = make_tiny("llama")
     cache = kvarn.Cache(model)
     model.set_attn_implementation("eager")
-    with pytest.raises(CacheMismatch, match="'eager'.*set_attn_implementation"):
+    with pytest.raises(CacheMismatch, match=r"'eager'.*set_attn_implementation"):
         model(tokens(1, 4), past_key_values=cache)

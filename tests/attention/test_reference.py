@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ SCALING = 0.4
 
 def naive(query: Tensor, parts: list[Part], variant: Variant) -> tuple[Tensor, list[Tensor]]:
     """Output [B, H, q, D] and mass [B, K, G, n] a part: every logit, one after the other, in float64."""
-    batch, heads, queries, size = query.shape
+    batch, heads, queries, _ = query.shape
     kv_heads = parts[0].keys.shape[1]
     group = heads // kv_heads
     out = torch.zeros(batch, heads, queries, parts[0].values.shape[-1], dtype=torch.float64)
@@ -202,7 +203,7 @@ def test_any_split_gives_what_the_whole_gives(
             mask[..., a:b],
             log_weight=None if log_weight is None else log_weight[..., a:b],
         )
-        for a, b in zip(bounds, bounds[1:], strict=False)
+        for a, b in pairwise(bounds)
         if a < b
     ]
     expected, (mass,) = attend_with_mass(query, [whole], VARIANTS[variant])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvarn.errors import CacheMismatch, OutOfMemory
-from kvarn.formats import Columns, Dense, Int
+from kvarn.formats import Columns
 from kvarn.memory import Arena, SideLayout, Store, StoreLayout
 from store_model import (
     COLUMNS,
@@ -267,7 +267,22 @@ def test_a_head_dropped_empty_after_popping_holds_no_page() -> None:
     assert store.arena.bytes == 0
 
 
-def test_columns_alone_are_optional() -> None:
+def test_heads_that_start_elsewhere_are_read_and_added_to() -> None:
+    store = make_store("dense")
+    keys, values = fill(store, ALL, [17, 9, 11])
+    popped = [6, 3, 11]
+    store.pop_front(ALL, torch.tensor(popped))
+    amount = torch.rand(3, 11) * (torch.arange(11) < store.lengths[:, None])
+    store.add_to_column(ALL, "mass", amount)
+    contents = Contents.of(store)
+    for head, (first, last) in enumerate(zip(popped, [17, 9, 11], strict=True)):
+        assert torch.equal(contents.keys[head], keys[head, first:last])
+        assert torch.equal(contents.values[head], values[head, first:last])
+        assert contents.positions[head] == list(range(first, last))
+        assert contents.masses[head] == amount[head, : last - first].tolist()
+
+
+def test_columns_are_optional() -> None:
     store = Store(layout("kivi", columns=False), Arena(CPU, 4), 2)
     fill(store, slice(0, 2), [11, 20])
     store.open_token()
@@ -397,6 +412,15 @@ def prepared(kind: str, shared: bool, unsettled: bool) -> tuple[Store, list[Stor
     return store, stores
 
 
+def outcome(act: Callable[[], None]) -> str | None:
+    """The refusal, or None where it was done."""
+    try:
+        act()
+    except OutOfMemory as error:
+        return str(error)
+    return None
+
+
 def limited(kind: str, operation: str, shared: bool) -> None:
     """Runs ``operation`` under every ceiling from what is held to what it needs: it does all, or nothing."""
     store, stores = prepared(kind, shared, operation == "settle")
@@ -409,20 +433,17 @@ def limited(kind: str, operation: str, shared: bool) -> None:
         assert store.arena.bytes == held
         act = writes(store)[operation]
         store.arena.ceiling = ceiling
-        before = snapshot(store), Contents.of(store)
-        try:
-            act()
-        except OutOfMemory as error:
-            refused += 1
-            changed = differences(before[0], snapshot(store))
-            assert not changed, f"refused at {ceiling - held} bytes beyond what is held, yet changed {changed}"
-            check_lengths(store)
-            check_pages(store.arena, stores)
-            assert f"only {ceiling - held:,} of the ceiling of {ceiling:,} bytes are left" in str(error)
-            assert "asked for" in str(error)
-        else:
-            check_pages(store.arena, stores)
+        before = snapshot(store)
+        refusal = outcome(act)
+        check_pages(store.arena, stores)
+        if refusal is None:
             break
+        refused += 1
+        changed = differences(before, snapshot(store))
+        assert not changed, f"refused at {ceiling - held} bytes beyond what is held, yet changed {changed}"
+        check_lengths(store)
+        assert "asked for" in refusal
+        assert f"only {ceiling - held:,} of the ceiling of {ceiling:,} bytes are left" in refusal
         ceiling += min(sizes)
     grown = store.arena.bytes - held
     assert refused or grown <= 0

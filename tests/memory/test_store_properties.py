@@ -33,7 +33,7 @@ def numbers(heads: slice | Tensor) -> list[int]:
 
 
 class Driven(RuleBasedStateMachine):
-    """``kind`` is the layout. Each rule changes a store and its model alike; ``touched`` are the heads it may change."""
+    """``kind`` is the layout. Each rule changes a store and its model alike; ``touched``: the heads it may change."""
 
     kind = "dense"
 
