@@ -26,13 +26,13 @@ def token_side(size: int, group: int, hold: int, bits: int = 8, dtype: torch.dty
     return SideLayout(Int(bits, "token", group, size, dtype), Dense(size, dtype), hold=hold)
 
 
-def layout(kind: str, page_size: int = 4, columns: bool = True) -> StoreLayout:
+def layout(kind: str, page_size: int = 4, columns: bool = True, dtype: torch.dtype = torch.float32) -> StoreLayout:
     sides = {
-        "dense": (dense_side(8), dense_side(8)),
-        "uneven": (dense_side(24), dense_side(8)),
-        "kivi": (channel_side(8, group=4, block=8), token_side(8, group=8, hold=8)),
-        "kivi uneven": (channel_side(16, group=4, block=4), token_side(8, group=4, hold=3)),
-        "keys only": (channel_side(8, group=4, block=4), dense_side(8)),
+        "dense": (dense_side(8, dtype), dense_side(8, dtype)),
+        "uneven": (dense_side(24, dtype), dense_side(8, dtype)),
+        "kivi": (channel_side(8, 4, block=8, dtype=dtype), token_side(8, 8, hold=8, dtype=dtype)),
+        "kivi uneven": (channel_side(16, 4, block=4, dtype=dtype), token_side(8, 4, hold=3, dtype=dtype)),
+        "keys only": (channel_side(8, 4, block=4, dtype=dtype), dense_side(8, dtype)),
     }
     keys, values = sides[kind]
     return StoreLayout(keys, values, Columns(COLUMNS) if columns else None, page_size)
@@ -47,8 +47,8 @@ def make_store(kind: str, heads: int = 3, page_size: int = 4, ceiling: int | Non
 
 def vectors(store: Store, *shape: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Random keys and values in [-1, 1] for ``store``."""
-    sizes = (side.layout.dense.layout["x"][0][0] for side in (store.keys, store.values))
-    keys, values = (torch.rand(*shape, size, generator=generator) * 2 - 1 for size in sizes)
+    rows = (side.layout.dense.layout["x"] for side in (store.keys, store.values))
+    keys, values = ((torch.rand(*shape, *x, generator=generator) * 2 - 1).to(dtype) for x, dtype in rows)
     return keys, values
 
 

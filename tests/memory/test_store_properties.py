@@ -37,15 +37,19 @@ class Driven(RuleBasedStateMachine):
 
     kind = "dense"
 
-    @initialize(page_size=st.sampled_from([1, 2, 4]))
-    def begin(self, page_size: int) -> None:
+    @initialize(
+        page_size=st.sampled_from([1, 2, 4]), counts=st.lists(st.integers(0, 25), min_size=HEADS, max_size=HEADS)
+    )
+    def begin(self, page_size: int, counts: list[int]) -> None:
         self.arena = Arena(CPU, page_size)
         self.stores = [Store(layout(self.kind, page_size), self.arena, HEADS) for _ in range(2)]
         self.model: list[list[list[Entry]]] = [[[] for _ in range(HEADS)] for _ in self.stores]
         self.dense = not any(side.settled for side in (self.stores[0].keys, self.stores[0].values))
         self.next_position = 0
         self.seen = [Contents.of(store) for store in self.stores]
-        self.touch([], reorders=False)
+        for which in range(2):  # something to work on
+            self.append(which, slice(0, HEADS), [1 + (count + 7 * which) % 25 for count in counts], seed=which)
+        self.touch([(which, head) for which in range(2) for head in range(HEADS)])
 
     def touch(self, heads: list[tuple[int, int]], *, reorders: bool = False) -> None:
         self.touched, self.reorders = set(heads), reorders
@@ -245,4 +249,4 @@ class Driven(RuleBasedStateMachine):
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_stores_hold_what_the_model_holds(kind: str) -> None:
     machine = type("Machine", (Driven,), {"kind": kind})
-    run_state_machine_as_test(machine, settings=settings(max_examples=25, stateful_step_count=25))
+    run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=20))
