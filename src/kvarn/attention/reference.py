@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 # Queries that the explicit path takes at once: bounds its logits to QUERY_BLOCK x n numbers a query head.
-QUERY_BLOCK = 256
+QUERY_BLOCK = 64
 
 
 @dataclass(frozen=True)
