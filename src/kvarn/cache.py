@@ -65,7 +65,7 @@ class Cache(TransformersCache):
                 f"model.set_attn_implementation({NAME!r})"
             )
         self._check_shapes(key_states, value_states, layer_idx)
-        return Pending(key_states.detach(), self, layer_idx), Pending(value_states.detach(), self, layer_idx)
+        return Pending(key_states, self, layer_idx), Pending(value_states, self, layer_idx)
 
     @torch.no_grad()
     def attend(

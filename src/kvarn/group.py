@@ -95,6 +95,8 @@ class LayerGroup:
             self._store_window(heads, keys, values, step)
         else:
             self._append(heads, keys, values, step, step.positions[:, None] >= 0, step.counts[:, None])
+        if stored is None and number == self.numbers[0]:
+            self.store.reserve_like(heads, len(self.numbers) - 1)
         return out
 
     def end_prompt(self) -> None:

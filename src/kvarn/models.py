@@ -1,9 +1,9 @@
 """Loading models: the built-in one, GGUF files, folders and hub ids.
 
-transformers reads GGUF files slowly and gets parts of their tokenizers wrong, so a GGUF file is converted once to an
-ordinary model folder (safetensors, config, tokenizer) in kvarn's cache folder: `$KVARN_CACHE`, else the platform's
-cache folder + `kvarn`. A converted folder appears there by one rename under a lock, so it is whole or absent, however
-many processes convert it and whatever interrupts them.
+transformers reads GGUF files slowly and gets their tokenizers wrong, so a GGUF file is converted once to an ordinary
+model folder (safetensors, config, tokenizer) in kvarn's cache folder: `$KVARN_CACHE`, else the platform's cache folder
++ `kvarn`. A converted folder appears there by one rename under a lock, so it is whole or absent, however many processes
+convert it and whatever interrupts them.
 """
 
 import difflib
@@ -25,7 +25,6 @@ from filelock import FileLock
 from gguf import GGUFReader
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from tokenizers import Regex, decoders, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,8 +35,9 @@ from transformers import (
 )
 
 from kvarn.errors import ModelNotFound, Unsupported
+from kvarn.gguf_tokenizer import build_tokenizer, stop_tokens
 
-_CONVERSION = 1  # part of each cache key; raise it when the conversion writes something else than before
+_CONVERSION = 2  # part of each cache key; raise it when the conversion writes something else than before
 _MANIFEST = "kvarn.json"
 
 
@@ -70,21 +70,6 @@ _BUILT_IN = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         description="SmolLM2-135M-Instruct: 134.5M parameters, 30 layers, 9 heads / 3 KV heads, 8192 positions",
     )
-}
-
-# How byte-level BPE vocabularies split text before merging, by GGUF's `tokenizer.ggml.pre`. transformers applies
-# GPT-2's rule to every Llama-architecture file, which gives other tokens than the model was trained on wherever
-# digits meet spaces or line ends ("\n\n1." is one such place). None: GPT-2's rule is right.
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SPLITS = {
-    "default": None,
-    "gpt-2": None,
-    "smollm": pre_tokenizers.Digits(individual_digits=True),
-    "llama-bpe": pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"),
-    "qwen2": pre_tokenizers.Split(Regex(_LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")), "isolated"),
 }
 
 
@@ -282,7 +267,7 @@ def _convert(gguf: Path, folder: Path) -> dict[str, Any]:
     print(f"kvarn: converting {gguf} (once)", file=sys.stderr)
     fields = _read_fields(gguf)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = build_tokenizer(fields)
         # float32, although 4 bytes a weight is large: a dequantized weight is scale * code + offset with scale and
         # offset in half precision, and such sums need more bits than fp16 or bf16 have.
         model = AutoModelForCausalLM.from_pretrained(
@@ -293,10 +278,9 @@ def _convert(gguf: Path, folder: Path) -> dict[str, Any]:
         )
     except (ValueError, KeyError, NotImplementedError) as error:
         architecture = fields.get("general.architecture")
-        raise Unsupported(f"{gguf}: transformers cannot convert this file (architecture {architecture!r})") from error
-    _mend_tokenizer(tokenizer, fields)
+        raise Unsupported(f"{gguf}: cannot convert this file of architecture {architecture!r}: {error}") from error
     tokenizer.model_max_length = model.config.max_position_embeddings
-    model.generation_config.eos_token_id = _stop_tokens(fields)
+    model.generation_config.eos_token_id = stop_tokens(fields)
     model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -309,38 +293,6 @@ def _read_fields(gguf: Path) -> dict[str, Any]:
         return {name: field.contents() for name, field in GGUFReader(gguf).fields.items()}
     except (ValueError, IndexError, KeyError) as error:
         raise ModelNotFound(f"{gguf}: damaged, incomplete or no GGUF file; copy it here again") from error
-
-
-def _mend_tokenizer(tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any]) -> None:
-    """Set right what transformers gets wrong when it reads a tokenizer from a GGUF file."""
-    # Its Llama reader takes BOS for EOS and forgets the padding token; the file itself names them all.
-    for name in ("bos", "eos", "unk", "pad"):
-        long_name = {"unk": "unknown", "pad": "padding"}.get(name, name)
-        if (token_id := fields.get(f"tokenizer.ggml.{long_name}_token_id")) is not None:
-            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # a batch needs one, and padding is masked anyway
-    # It asks for WordPiece's clean-up, which deletes spaces before punctuation.
-    tokenizer.clean_up_tokenization_spaces = False
-    if fields.get("tokenizer.ggml.model") == "gpt2":
-        _mend_byte_level_bpe(tokenizer, fields.get("tokenizer.ggml.pre", "default"))
-
-
-def _mend_byte_level_bpe(tokenizer: PreTrainedTokenizerBase, rule: str) -> None:
-    if rule not in _SPLITS:
-        return
-    split, backend = _SPLITS[rule], tokenizer.backend_tokenizer
-    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None or rule == "smollm")
-    backend.pre_tokenizer = gpt2 if split is None else pre_tokenizers.Sequence([split, gpt2])
-    # Its decoder for Llama also turns "▁" into a space, which is SentencePiece's convention.
-    backend.decoder = decoders.ByteLevel()
-
-
-def _stop_tokens(fields: dict[str, Any]) -> int | list[int] | None:
-    """End of sequence and, where the file names one, end of turn."""
-    names = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot")]
-    ids = sorted({fields[name] for name in names if name in fields})
-    return ids if len(ids) > 1 else next(iter(ids), None)
 
 
 # Opening

@@ -6,6 +6,7 @@ Shapes: B sequences, H query heads, K KV heads, G = H / K query heads a KV head,
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,10 +68,13 @@ def attend_with_mass(query: Tensor, parts: Sequence[Part], variant: Variant) -> 
     outputs, masses = [], _no_mass(query, parts)
     for block, rows in _blocks(query, parts):
         weighed = [weights(block, part, variant) for part in rows]
-        merging = shares(block, [lse for lse, _ in weighed], variant)
-        partials = [p @ part.values.float()[:, :, None] for (_, p), part in zip(weighed, rows, strict=True)]
-        outputs.append(torch.stack([share * out for share, out in zip(merging, partials, strict=True)]).sum(0))
-        _receive(masses, merging, weighed)
+        shares = merge(block, weighed, variant)
+        output = sum(
+            share * _by_kv_head(w.weights, part.values.float())
+            for share, w, part in zip(shares, weighed, rows, strict=True)
+        )
+        outputs.append(output)
+        _receive(masses, shares, weighed)
     return torch.cat(outputs, 3).flatten(1, 2).to(query.dtype), masses
 
 
@@ -79,35 +83,42 @@ def mass_received(query: Tensor, parts: Sequence[Part], variant: Variant) -> lis
     masses = _no_mass(query, parts)
     for block, rows in _blocks(query, parts):
         weighed = [weights(block, part, variant) for part in rows]
-        _receive(masses, shares(block, [lse for lse, _ in weighed], variant), weighed)
+        _receive(masses, merge(block, weighed, variant), weighed)
     return masses
 
 
-def weights(query: Tensor, part: Part, variant: Variant) -> tuple[Tensor, Tensor]:
-    """Softmax of [B, K, G, q, D] queries over one part alone, in fp32: its log-sum-exp [B, K, G, q] (-inf where
-    nothing may be read) and the probabilities [B, K, G, q, n]."""
-    logits = query.float() @ part.keys.float().transpose(-1, -2)[:, :, None] * variant.scaling
+class Weighed(NamedTuple):
+    """Queries against one part: its weights exp(logits - top), [B, K, G, q, n] in fp32, and the largest logit and the
+    log-sum-exp of the logits, [B, K, G, q], both with the part's scale in them (lse is -inf where nothing is read)."""
+
+    weights: Tensor
+    top: Tensor
+    lse: Tensor
+
+
+def weights(query: Tensor, part: Part, variant: Variant) -> Weighed:
+    """[B, K, G, q, D] queries over one part alone."""
+    logits = _by_kv_head(query.float() * variant.scaling, part.keys.float().transpose(-1, -2))
     if variant.softcap is not None:
-        logits = variant.softcap * torch.tanh(logits / variant.softcap)
+        logits = logits.div_(variant.softcap).tanh_().mul_(variant.softcap)
     if part.temperature != 1.0:
-        logits = logits / part.temperature
+        logits /= part.temperature
     if part.log_weight is not None:
-        logits = logits + part.log_weight.float()[:, :, None, None]
-    mask = read_mask(part, query.shape[3])
-    if mask is not None:
-        logits = logits.masked_fill(~mask[:, :, None], -torch.inf)
-    lse = torch.logsumexp(logits, -1)
-    return lse + math.log(part.scale), logits.sub_(_finite(lse)[..., None]).exp_()
+        logits += part.log_weight.float()[:, :, None, None]
+    _forbid(logits, part)
+    top = _finite(logits.amax(-1))
+    weights = logits.sub_(top[..., None]).exp_()
+    top = top + math.log(part.scale)
+    return Weighed(weights, top, top + weights.sum(-1).log())
 
 
-def shares(query: Tensor, lses: Sequence[Tensor], variant: Variant) -> list[Tensor]:
-    """What each part's own softmax counts in the merge: exp(lse - log-sum-exp of all), [B, K, G, q, 1]."""
-    everything = list(lses)
+def merge(query: Tensor, parts: Sequence[Weighed], variant: Variant) -> list[Tensor]:
+    """What each part's weights count among all parts and sinks, [B, K, G, q, 1]: share * weights are probabilities."""
+    lses = [part.lse for part in parts]
     if variant.sinks is not None:
-        sinks = variant.sinks.float().view(1, query.shape[1], query.shape[2], 1)
-        everything.append(sinks.expand_as(lses[0]))
-    total = _finite(torch.logsumexp(torch.stack(everything), 0))
-    return [torch.exp(lse - total)[..., None] for lse in lses]
+        lses.append(variant.sinks.float().view(1, query.shape[1], query.shape[2], 1).expand_as(lses[0]))
+    total = _finite(torch.logsumexp(torch.stack(lses), 0))
+    return [torch.exp(part.top - total)[..., None] for part in parts]
 
 
 def read_mask(part: Part, queries: int) -> Tensor | None:
@@ -177,9 +188,24 @@ def _no_mass(query: Tensor, parts: Sequence[Part]) -> list[Tensor]:
     return [torch.zeros((*shape, part.keys.shape[2]), device=query.device) for part in parts]
 
 
-def _receive(masses: list[Tensor], merging: list[Tensor], weighed: list[tuple[Tensor, Tensor]]) -> None:
-    for mass, share, (_, probabilities) in zip(masses, merging, weighed, strict=True):
-        mass[..., : probabilities.shape[-1]] += (share.transpose(-1, -2) @ probabilities).squeeze(-2)
+def _receive(masses: list[Tensor], shares: list[Tensor], weighed: list[Weighed]) -> None:
+    for mass, share, part in zip(masses, shares, weighed, strict=True):
+        mass[..., : part.weights.shape[-1]] += (share.transpose(-1, -2) @ part.weights).squeeze(-2)
+
+
+def _by_kv_head(x: Tensor, y: Tensor) -> Tensor:
+    """[B, K, G, q, m] times [B, K, m, n], the same for every query head of a KV head: [B, K, G, q, n]."""
+    return (x.flatten(2, 3) @ y).unflatten(2, x.shape[2:4])
+
+
+def _forbid(logits: Tensor, part: Part) -> None:
+    """-inf for what may not be read, in place; the causal rule touches only the last q entries."""
+    if part.mask is not None:
+        logits.masked_fill_(~part.mask[:, :, None], -torch.inf)
+    elif part.causal:
+        queries = logits.shape[3]
+        later = torch.ones(queries, queries, dtype=torch.bool, device=logits.device).triu_(1)
+        logits[..., -queries:].masked_fill_(later, -torch.inf)
 
 
 def _blocks(query: Tensor, parts: Sequence[Part]) -> Iterator[tuple[Tensor, list[Part]]]:

@@ -60,8 +60,9 @@ class Int(Format):
 
     def decode(self, rows: Rows) -> Tensor:
         dim = self._group_dim
-        codes = self._regrouped(unpack(rows["codes"], self.bits)).to(self.dtype)
-        x = torch.addcmul(rows["minimum"].unsqueeze(dim), codes, rows["scale"].unsqueeze(dim))
+        # fp32, so that the product and the sum are rounded to the model's dtype once.
+        x = self._regrouped(unpack(rows["codes"], self.bits)).float()
+        x = x.mul_(rows["scale"].unsqueeze(dim)).add_(rows["minimum"].unsqueeze(dim)).to(self.dtype)
         return x.flatten(-3, -2) if self.axis == "channel" else x.flatten(-2)
 
     @property

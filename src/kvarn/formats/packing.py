@@ -1,4 +1,8 @@
-"""Codes of 1, 2, 3, 4 or 8 bits in bytes, little-endian: code j of a byte lies at bits [width * j, width * (j + 1))."""
+"""Codes of 1, 2, 3, 4 or 8 bits in bytes.
+
+With c codes a byte, code i of n lies in byte i % (n / c), at bits width * (i // (n / c)): unpacking then writes c
+contiguous runs, each by one shift and one mask.
+"""
 
 import torch
 from torch import Tensor
@@ -16,26 +20,21 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes of [..., n], each below 2**bits, n a multiple of 8 -> uint8 of [..., n * bits / 8]."""
     fields, low = [], 0
     for width in FIELDS[bits]:
-        field = (codes >> low) & (2**width - 1)
-        field = field.unflatten(-1, (-1, 8 // width)) << _shifts(width, codes.device)
-        fields.append(field.sum(-1, dtype=torch.uint8))
+        runs = ((codes >> low) & (2**width - 1)).unflatten(-1, (8 // width, -1))
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device)[:, None]
+        fields.append((runs << shifts).sum(-2, dtype=torch.uint8))
         low += width
-    return fields[0] if len(fields) == 1 else torch.cat(fields, -1)
+    return torch.cat(fields, -1)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """uint8 of [..., n * bits / 8] -> uint8 codes of [..., n]."""
     count = packed.shape[-1] * 8 // bits
+    sizes = [packed_size(count, width) for width in FIELDS[bits]]
     codes, low = None, 0
-    for field, width in zip(
-        packed.split([count * width // 8 for width in FIELDS[bits]], -1), FIELDS[bits], strict=True
-    ):
-        part = field if width == 8 else ((field[..., None] >> _shifts(width, packed.device)) & (2**width - 1)).flatten(-2)
+    for field, width in zip(packed.split(sizes, -1), FIELDS[bits], strict=True):
+        part = torch.cat([(field >> shift) & (2**width - 1) for shift in range(0, 8, width)], -1)
         codes = part if codes is None else codes | (part << low)
         low += width
     assert codes is not None
     return codes
-
-
-def _shifts(width: int, device: torch.device) -> Tensor:
-    return torch.arange(0, 8, width, dtype=torch.uint8, device=device)

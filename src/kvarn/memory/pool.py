@@ -104,10 +104,9 @@ class Pool:
         new = max(old + missing, int(old * _GROWTH))
         new = max(old + missing, min(new, self.arena.affordable(self)))
         for name, tensor in self.tensors.items():
-            grown = tensor.new_empty((new, *tensor.shape[1:]))
+            # Zeros, because slots beyond a head's last entry are read and masked: they must be finite.
+            grown = tensor.new_zeros((new, *tensor.shape[1:]))
             grown[:old] = tensor
-            # Slots beyond a head's last entry are read and masked: they must be finite.
-            grown[old:] = 0
             self.tensors[name] = grown
         self.references = torch.cat([self.references, torch.zeros(new - old, dtype=torch.int32)])
         free = torch.empty(new, dtype=torch.int32)

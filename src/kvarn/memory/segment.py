@@ -57,6 +57,10 @@ class Segment:
         needed = int((self._pages_of(ends + counts) - self._pages_of(ends)).sum())
         return needed + self._shared_open(heads, counts)[0].numel()
 
+    def pages_held(self, heads: slice | Tensor) -> int:
+        """Pages in these heads' tables."""
+        return int(self._pages_of(self.starts[heads] + self.lengths[heads]).sum())
+
     def extend(self, heads: slice | Tensor, counts: Tensor) -> None:
         """Lengthens each head by ``counts`` tokens (int64 [R], multiples of the unit), to be written by ``write``."""
         owners, columns = self._shared_open(heads, counts)

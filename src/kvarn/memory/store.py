@@ -190,6 +190,11 @@ class Store:
         if self.columns:
             self.columns.append(heads, dict(columns), counts)
 
+    def reserve_like(self, heads: slice, times: int) -> None:
+        """Makes room for ``times`` as many pages as ``heads`` hold, so that growing layer by layer moves nothing."""
+        for segment in self.segments:
+            segment.pool.reserve(times * segment.pages_held(heads))
+
     def open_token(self) -> None:
         """Makes room for one more entry in every head at once; ``put_token`` then fills it layer by layer."""
         targets = self._open_segments()
