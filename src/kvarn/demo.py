@@ -27,14 +27,15 @@ QUESTION = "Answer from the text above. What is the special magic number for the
 EXPECTED = "73915"
 MOST_TOKENS = 24
 
-# The full cache comes first: the others are compared with its answer.
+# The full cache comes first: the others are compared with its answer. Methods that need the attention mass of every
+# query, such as h2o, are left out: on two cores their prompts alone take minutes.
 RECIPES: list[tuple[str, Budget]] = [
     ("full", None),
     ("window", 0.25),
     ("snapkv", 0.25),
-    ("h2o", 0.25),
     ("kivi(bits=4)", None),
     ("snapkv + kivi(bits=4)", 0.125),
+    ("snapkv + kivi(bits=2)", 0.0625),
 ]
 
 # Chapters of Python's language reference. Every Python has it; its words differ a little between versions.
