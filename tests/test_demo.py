@@ -57,7 +57,7 @@ def test_rows_are_measured(tiny: Pair) -> None:
     assert everything.answer == full.answer
     assert window.divergence > 1e-3
     assert window.ratio < 0.5
-    assert window.peak_bytes >= window.bytes
+    assert window.bytes <= window.peak_bytes < full.peak_bytes
     assert kivi.divergence > 1e-6
     assert full.dense_bytes == 2 * 2 * 2 * 16 * 4 * (len(task.prompt) + demo.MOST_TOKENS - 1)
     assert all(row.to_first_token > 0 and row.per_token for row in (full, window, everything, kivi))
@@ -99,7 +99,7 @@ def test_the_command_prints_json_and_markdown(outcome: demo.Demo, capsys: pytest
     assert told["rows"][0]["ratio"] == outcome.rows[0].ratio
     assert cli.main(["demo", "--markdown"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(lines) == 4
+    assert len(lines) == 4  # head, rule and two rows: an answer's line breaks stay out of the table
     assert len({line.count("|") for line in lines}) == 1
 
 

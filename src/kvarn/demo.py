@@ -18,7 +18,6 @@ from .errors import Unsupported
 from .generation import Answer, answer, chat_turns, next_logits, require_room
 from .models import load
 from .recipe import Budget
-from .report import Report
 from .spec import ModelSpec
 from .tables import Table
 
@@ -93,7 +92,7 @@ class Demo:
         """What the numbers hold for."""
         return (
             f"{self.model}; {self.seconds:.0f} s in all. KV: held after the answer, against a dense cache of the same "
-            "tokens. KL: of the predictions from the full cache's, mean over the full cache's answer."
+            "tokens. Peak: the most held at once. KL: of the predictions from the full cache's, mean over the full cache's answer."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,7 +136,8 @@ def compare(
     rows: list[Row] = []
     for recipe, budget in recipes:
         cache = Cache(model, recipe, budget)
-        given, report, twin = _ask(model, cache, task, progress)
+        given, peak_bytes, twin = _ask(model, cache, task, progress)
+        report = cache.report()
         progress(f"{recipe} is compared with the full cache")
         if not rows:
             full_tokens, full_predictions = given.tokens, _predictions(model, twin.fork(), given.tokens)
@@ -151,7 +151,7 @@ def compare(
                 right=EXPECTED in text,
                 bytes=report.bytes,
                 dense_bytes=report.dense_bytes,
-                peak_bytes=report.peak_bytes,
+                peak_bytes=max(peak_bytes, report.bytes),
                 to_first_token=given.to_first_token,
                 per_token=given.per_token,
                 divergence=divergence,
@@ -176,17 +176,18 @@ def run(progress: bool, tokens: int, depth: float) -> Demo:
 
 def _ask(
     model: PreTrainedModel, cache: Cache, task: Task, progress: Callable[[str], None]
-) -> tuple[Answer, Report, Cache]:
-    """The answer, what the cache held after it, and a cache that holds the prompt alone."""
-    twins = []
+) -> tuple[Answer, int, Cache]:
+    """The answer, the most bytes held while the prompt was read, and a cache that holds the prompt alone."""
+    twins: list[tuple[int, Cache]] = []
 
     def fork() -> None:
         progress(f"{cache.recipe} answers")
-        twins.append(cache.fork())
+        # Later peaks would count the pages that the answer no longer shares with the twin.
+        twins.append((cache.report().peak_bytes, cache.fork()))
 
     progress(f"{cache.recipe} reads the text")
     given = answer(model, cache, task.prompt, MOST_TOKENS, after_prompt=fork)
-    return given, cache.report(), twins[0]
+    return given, *twins[0]
 
 
 def _predictions(model: PreTrainedModel, cache: Cache, tokens: Sequence[int]) -> Tensor:
@@ -210,5 +211,5 @@ def _cells(row: Row) -> list[str]:
         f"{row.to_first_token:.1f} s",
         "–" if row.per_token is None else f"{row.per_token * 1000:.0f} ms",
         f"{row.divergence:.4f}",
-        row.answer,
+        " ".join(row.answer.split()),
     ]
