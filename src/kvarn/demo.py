@@ -92,7 +92,7 @@ class Demo:
         """What the numbers hold for."""
         return (
             f"{self.model}; {self.seconds:.0f} s in all. KV: held after the answer, against a dense cache of the same "
-            "tokens. Peak: the most held at once. KL: of the predictions from the full cache's, mean over the full cache's answer."
+            "tokens; peak: the most held at once. KL: of the predictions from the full cache's, mean over its answer."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,7 +140,8 @@ def compare(
         report = cache.report()
         progress(f"{recipe} is compared with the full cache")
         if not rows:
-            full_tokens, full_predictions = given.tokens, _predictions(model, twin.fork(), given.tokens)
+            full_tokens = given.tokens or task.prompt[-1:]  # an answer may be empty
+            full_predictions = _predictions(model, twin.fork(), full_tokens)
         divergence = _divergence(full_predictions, _predictions(model, twin, full_tokens))
         text = tokenizer.decode(given.tokens, skip_special_tokens=True).strip()
         rows.append(
