@@ -146,7 +146,7 @@ def compare(
         text = tokenizer.decode(given.tokens, skip_special_tokens=True).strip()
         rows.append(
             Row(
-                recipe=str(cache.recipe),
+                recipe=recipe,
                 budget=budget,
                 answer=text,
                 right=EXPECTED in text,
