@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import TINY, make_tiny
-from drive import left_padded, logits_of
 from transformers import DynamicCache
 
 import kvarn
+from conftest import TINY, make_tiny
+from drive import left_padded, logits_of
 from kvarn.errors import BudgetError, CacheMismatch, PromptTooLong, Unsupported
 
 PROMPT = torch.randint(1, 160, (1, 90), generator=torch.Generator().manual_seed(1))
@@ -52,7 +52,7 @@ def test_full_in_half_precision(dtype):
     torch.testing.assert_close(ours, own, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("recipe, budget", RECIPES)
+@pytest.mark.parametrize(("recipe", "budget"), RECIPES)
 def test_half_precision_runs_every_recipe(recipe, budget):
     model = make_tiny("llama").to(torch.bfloat16)
     cache = kvarn.Cache(model, recipe, budget)
@@ -80,7 +80,7 @@ def test_two_turns_equal_one(tiny_model):
     assert cache.get_seq_length() == 90
 
 
-@pytest.mark.parametrize("recipe, budget", RECIPES)
+@pytest.mark.parametrize(("recipe", "budget"), RECIPES)
 def test_a_second_turn_stays_within_the_budget(recipe, budget):
     model = make_tiny("llama")
     cache = kvarn.Cache(model, recipe, budget)
@@ -93,7 +93,7 @@ def test_a_second_turn_stays_within_the_budget(recipe, budget):
         assert report.bytes <= budget * report.dense_bytes + _open_pages(cache)
 
 
-@pytest.mark.parametrize("recipe, budget", RECIPES)
+@pytest.mark.parametrize(("recipe", "budget"), RECIPES)
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_a_batch_equals_one_by_one(recipe, budget, architecture):
     model = make_tiny(architecture)
@@ -120,7 +120,7 @@ def test_padding_on_the_right_stores_the_same_entries():
     assert _positions(padded) == _positions(plain)
 
 
-@pytest.mark.parametrize("recipe, budget", [pair for pair in RECIPES if pair[0].startswith(("window", "h2o"))])
+@pytest.mark.parametrize(("recipe", "budget"), [pair for pair in RECIPES if pair[0].startswith(("window", "h2o"))])
 def test_methods_that_evict_in_decoding_hold_the_budget_at_every_step(recipe, budget):
     model = make_tiny("llama")
     cache = kvarn.Cache(model, recipe, budget)
@@ -134,7 +134,7 @@ def test_methods_that_evict_in_decoding_hold_the_budget_at_every_step(recipe, bu
     assert cache.report().tokens == [350]
 
 
-@pytest.mark.parametrize("recipe, budget", RECIPES)
+@pytest.mark.parametrize(("recipe", "budget"), RECIPES)
 def test_the_prompt_is_stored_within_the_budget_and_every_page_comes_back(recipe, budget):
     model = make_tiny("llama")
     cache = kvarn.Cache(model, recipe, budget)
@@ -168,7 +168,7 @@ def test_reported_bytes_are_those_of_torch():
     assert cache.report().bytes == used + tables
 
 
-@pytest.mark.parametrize("recipe, budget", RECIPES)
+@pytest.mark.parametrize(("recipe", "budget"), RECIPES)
 def test_a_fork_goes_its_own_way(recipe, budget):
     model = make_tiny("llama")
     cache = kvarn.Cache(model, recipe, budget)
@@ -204,7 +204,8 @@ def test_reset_starts_anew():
     cache = kvarn.Cache(model, "h2o", 0.5)
     first = logits_of(model, PROMPT, CONTINUATION, cache)
     cache.reset()
-    assert cache.get_seq_length() == 0 and cache.report().bytes == 0
+    assert cache.get_seq_length() == 0
+    assert cache.report().bytes == 0
     assert torch.equal(logits_of(model, PROMPT, CONTINUATION, cache), first)
 
 
@@ -236,10 +237,9 @@ def test_report_is_plain_data():
 
 def test_refusals():
     model = make_tiny("llama")
-    with pytest.raises(BudgetError, match=r"needs at least [\d,]+ bytes"):
-        with torch.no_grad():
-            model(PROMPT, past_key_values=kvarn.Cache(model, "kivi(bits=8, group=16)", 0.1))
-    with pytest.raises(PromptTooLong, match="1100 tokens.*1024"):
+    with pytest.raises(BudgetError, match=r"needs at least [\d,]+ bytes"), torch.no_grad():
+        model(PROMPT, past_key_values=kvarn.Cache(model, "kivi(bits=8, group=16)", 0.1))
+    with pytest.raises(PromptTooLong, match=r"1100 tokens.*1024"):
         model(PROMPT[:, :1].expand(1, 1100), past_key_values=kvarn.Cache(model))
     with pytest.raises(Unsupported, match="cropped"):
         kvarn.Cache(model).crop(-1)
@@ -300,6 +300,4 @@ def _positions(cache: kvarn.Cache) -> list[list[int]]:
 
 def _open_pages(cache: kvarn.Cache) -> int:
     """Bytes of one page of each segment for every head."""
-    return sum(
-        segment.lengths.numel() * segment.pool.page_bytes for g in cache._groups for segment in g.store.segments
-    )
+    return sum(segment.lengths.numel() * segment.pool.page_bytes for g in cache._groups for segment in g.store.segments)

@@ -23,9 +23,9 @@ class Cache(TransformersCache):
     """A KV cache that keeps what a recipe keeps, in the formats it chooses, within a budget.
 
     ``model``: a transformers decoder; its attention implementation is set to "kvarn" (other caches keep working).
-    ``recipe``: as in ``Recipe.parse``. ``budget``: a float is a share of the bytes that a dense cache of the same tokens
-    would take, a string ("64MiB") bytes for the whole batch, an int entries a head; None: the recipe's own default.
-    ``page_size``: entries in a page.
+    ``recipe``: as in ``Recipe.parse``. ``budget``: a float is a share of the bytes that a dense cache of the same
+    tokens would take, a string ("64MiB") bytes for the whole batch, an int entries a head; None: the recipe's own
+    default. ``page_size``: entries in a page.
 
     Prompts (passes of several tokens) are attended to exactly and compressed layer by layer; passes of one token are
     decoding steps. Nothing here carries gradients. Raises RecipeError, BudgetError or Unsupported here or, where the
@@ -51,13 +51,14 @@ class Cache(TransformersCache):
         _use_kvarn(model)
         self._config = model.config.get_text_config(decoder=True)
         self.plan: Plan | None = None
+        self._seen: Tensor  # int64 [B] on the host: real tokens of each sequence
         self._forget()
 
     # -- what transformers calls --------------------------------------------------------------------------------
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Pending, Pending]:  # type: ignore[override]
+    ) -> tuple[Pending, Pending]:
         """Takes the new keys and values of a layer ([B, K, q, D]) and returns handles for the attention function."""
         if self._config._attn_implementation != NAME:
             raise CacheMismatch(
@@ -162,7 +163,9 @@ class Cache(TransformersCache):
     # -- what kvarn adds ----------------------------------------------------------------------------------------
 
     def fork(self) -> "Cache":
-        """A second cache with the same contents by reference: whoever writes first copies the page it writes."""
+        """A second cache with the same contents by reference: whoever writes first copies the page it writes.
+
+        Both draw on the same pools, so the peak that either reports is the peak of both together."""
         twin = object.__new__(Cache)
         twin.__dict__.update(self.__dict__)
         twin._adopt([group.selected(torch.arange(group.batch)) for group in self._groups])
@@ -258,13 +261,16 @@ class Cache(TransformersCache):
 
     def _check_shapes(self, keys: Tensor, values: Tensor, number: int) -> None:
         if number >= len(self.spec.layers):
-            raise CacheMismatch(f"layer {number} of a model with {len(self.spec.layers)} layers: made for another model")
+            raise CacheMismatch(
+                f"layer {number} of a model with {len(self.spec.layers)} layers: made for another model"
+            )
         layer = self.spec.layers[number]
         found = (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
         expected = (layer.kv_heads, layer.key_size, layer.value_size, self.spec.dtype)
         if found != expected:
             raise CacheMismatch(
-                f"layer {number} gave (KV heads, key size, value size, dtype) {found}; the cache was made for {expected}"
+                f"layer {number} gave (KV heads, key size, value size, dtype) {found}, and the cache was made for "
+                f"{expected}"
             )
 
 

@@ -80,9 +80,7 @@ class LayerGroup:
 
     # -- prompts ------------------------------------------------------------------------------------------------
 
-    def prompt(
-        self, number: int, query: Tensor, keys: Tensor, values: Tensor, step: Step, variant: Variant
-    ) -> Tensor:
+    def prompt(self, number: int, query: Tensor, keys: Tensor, values: Tensor, step: Step, variant: Variant) -> Tensor:
         """Attends new tokens to what is stored and to themselves, exactly, then stores what the recipe keeps."""
         heads = self.heads(number)
         stored = self._stored(heads)
@@ -167,7 +165,8 @@ class LayerGroup:
         accumulates = self.eviction.score.accumulates
         held = self.store.lengths[heads].view(self.batch, -1)
         if not accumulates and bool((held + step.counts[:, None] <= self.capacity[:, None]).all()):
-            return self._append(heads, keys, values, step, step.positions[:, None] >= 0, step.counts[:, None])
+            self._append(heads, keys, values, step, step.positions[:, None] >= 0, step.counts[:, None])
+            return
         view = self._view(heads, query, stored, keys, values, step, variant)
         capacity = self.capacity[:, None].expand(-1, self.layer.kv_heads).to(query.device)
         keep, scores = self.eviction.keep(view, capacity)
@@ -210,14 +209,14 @@ class LayerGroup:
             held = self._held(heads)[:, :, None] & (query_positions >= 0)[:, None, :, None]
             return (Part(stored.keys, stored.values, held), fresh)
 
-        parts = masked_parts(step.positions) if step.padded or stored is not None else (Part(keys, values, causal=True),)
+        parts = (
+            masked_parts(step.positions) if step.padded or stored is not None else (Part(keys, values, causal=True),)
+        )
         return PromptView(
             query, step.positions, parts, variant, positions, step.after.to(query.device), mass, masked_parts
         )
 
-    def _exact_parts(
-        self, heads: slice, stored: Part | None, keys: Tensor, values: Tensor, step: Step
-    ) -> list[Part]:
+    def _exact_parts(self, heads: slice, stored: Part | None, keys: Tensor, values: Tensor, step: Step) -> list[Part]:
         """What the new tokens may read: stored entries, and new ones up to themselves."""
         window, queries = self.layer.window, keys.shape[2]
         narrow = window is not None and int(step.after.max()) >= window

@@ -2,9 +2,10 @@
 
 import ast
 import difflib
+import math
 import re
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -94,7 +95,9 @@ class Recipe:
         resolver = _Resolver(self, spec, page_size)
         allowed = _allowed_bytes(budget, spec, lengths)
         capacities = [resolver.capacity(budget, length, a) for length, a in zip(lengths, allowed, strict=True)]
-        return Plan(capacities, [resolver.bytes(min(c, n), n) for c, n in zip(capacities, lengths, strict=True)], allowed)
+        return Plan(
+            capacities, [resolver.bytes(min(c, n), n) for c, n in zip(capacities, lengths, strict=True)], allowed
+        )
 
     def _sides(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout]:
         if layer.window is None:
@@ -135,9 +138,7 @@ class _Resolver:
                 raise BudgetError(f"{self.recipe} needs at least {least} entries a head; the budget is {entries}")
             return entries
         most = max(length, self.spec.max_positions or 0)
-        entries = uniform(
-            lambda n: self._growing(n) + self._fixed(length), allowed, most, always=eviction.decode
-        )
+        entries = uniform(lambda n: self._growing(n) + self._fixed(length), allowed, most, always=eviction.decode)
         if entries < least:
             self._require(self.bytes(least, length), allowed, length)
         return max(entries, least)
@@ -202,7 +203,9 @@ def parse_bytes(text: str) -> int:
     """``"64MiB"``, ``"1.5 GB"``, ``"4096"`` -> bytes; raises BudgetError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not match or (match[2] or "B").upper() not in _UNITS:
-        raise BudgetError(f"budget {text!r} is not a size: write a number and one of {', '.join(_UNITS)}, as in '64MiB'")
+        raise BudgetError(
+            f"budget {text!r} is not a size: write a number and one of {', '.join(_UNITS)}, as in '64MiB'"
+        )
     return int(float(match[1]) * _UNITS[(match[2] or "B").upper()])
 
 
@@ -210,7 +213,7 @@ def check_budget(budget: Budget) -> None:
     """Raises BudgetError unless ``budget`` is a share above 0, a size, a number of entries above 0, or None."""
     if isinstance(budget, str):
         parse_bytes(budget)
-    elif isinstance(budget, bool) or not isinstance(budget, float | int | None) or (budget is not None and budget <= 0):
+    elif budget is not None and not (type(budget) in (int, float) and 0 < budget < math.inf):
         raise BudgetError(
             f"budget {budget!r}: give a float above 0 (share of the dense bytes), a size such as '64MiB', or an int "
             "above 0 (entries a head)"
@@ -241,30 +244,36 @@ def _method(node: ast.expr, text: str) -> Method:
     if name not in METHODS:
         raise RecipeError(f"unknown method {name!r}{_nearest(name, METHODS)}; the methods are {', '.join(METHODS)}")
     try:
-        given = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        given = [(str(k.arg), ast.literal_eval(k.value)) for k in call.keywords]
     except ValueError as error:
         raise _unreadable(text) from error
-    return _made(METHODS[name], given)
+    if len(dict(given)) < len(given):
+        raise RecipeError(f"{name} is given a parameter twice in {text!r}")
+    return _made(METHODS[name], dict(given))
 
 
 def _made(method: type[Method], given: dict[str, Any]) -> Method:
     known = {field.name: field for field in fields(method)}
+    kinds = get_type_hints(method)
     for name, value in given.items():
         if name not in known:
             takes = ", ".join(known) or "none"
+            raise RecipeError(f"{method.name} has no parameter {name!r}{_nearest(name, known)}; it takes {takes}")
+        if not _is_a(value, kinds[name]):
+            wanted = getattr(kinds[name], "__name__", str(kinds[name]).replace("typing.", ""))
             raise RecipeError(
-                f"{method.name} has no parameter {name!r}{_nearest(name, known)}; it takes {takes}"
+                f"{method.name}({name}={value!r}): expected {wanted}, as in {name}={default_of(known[name])!r}"
             )
-        default = default_of(known[name])
-        if not _same_kind(value, default):
-            raise RecipeError(f"{method.name}({name}={value!r}): expected something like {default!r}")
     return method(**given)
 
 
-def _same_kind(value: Any, default: Any) -> bool:
-    if default is None or isinstance(default, float):
-        return value is default or (isinstance(value, int | float) and not isinstance(value, bool))
-    return type(value) is type(default)
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a literal is of an annotated kind: a class, a union of classes or a Literal. Whole numbers are floats."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, kind) or (kind is float and isinstance(value, int))
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -56,7 +56,11 @@ class Report:
         by_format = _by_format(groups)
         by_format["tables"] = tables
         held = sum(by_format.values())
-        entries = {number: layer for group in groups for number, layer in zip(group.numbers, group.entries().tolist(), strict=True)}
+        entries = {
+            number: layer
+            for group in groups
+            for number, layer in zip(group.numbers, group.entries().tolist(), strict=True)
+        }
         return cls(
             recipe=recipe,
             tokens=tokens,

@@ -47,7 +47,9 @@ class ModelSpec:
         types = get_layer_types_and_kwargs(text)[0]
         unknown = set(types) - {"full_attention", "sliding_attention"}
         if unknown:
-            raise Unsupported(f"{name} has layers of type {', '.join(sorted(unknown))}; kvarn does full and sliding ones")
+            raise Unsupported(
+                f"{name} has layers of type {', '.join(sorted(unknown))}; kvarn does full and sliding ones"
+            )
         heads = text.num_attention_heads
         size = getattr(text, "head_dim", None) or text.hidden_size // heads
         layers = tuple(

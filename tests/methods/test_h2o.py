@@ -45,7 +45,7 @@ class NaiveH2O:
             yield
 
 
-@pytest.mark.parametrize("heavy, recent", [(0.1, 0.1), (0.2, 0.1), (0.0, 0.1), (0.1, 0.0)])
+@pytest.mark.parametrize(("heavy", "recent"), [(0.1, 0.1), (0.2, 0.1), (0.0, 0.1), (0.1, 0.0)])
 def test_the_same_entries_and_masses_as_the_paper(heavy, recent):
     capacity, prompt, total = 8, 20, 34
     tokens = random_tokens(total)

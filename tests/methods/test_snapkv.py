@@ -27,7 +27,7 @@ def naive_snapkv(queries, keys, window: int, kernel: int, pooling: str, capacity
 
 
 @pytest.mark.parametrize("pooling", ["max", "avg"])
-@pytest.mark.parametrize("window, kernel", [(4, 3), (1, 1), (8, 7)])
+@pytest.mark.parametrize(("window", "kernel"), [(4, 3), (1, 1), (8, 7)])
 def test_the_same_entries_as_the_paper(pooling, window, kernel):
     tokens = random_tokens(40)
     layer = OneLayer(f"snapkv(window={window}, kernel={kernel}, pooling={pooling!r})", capacity=14)
@@ -76,7 +76,8 @@ def test_a_second_prompt_is_judged_with_what_is_stored():
     first = layer.positions()
     layer.prompt(*split(tokens, 40, 60))
     for before, after in zip(first, layer.positions(), strict=True):
-        assert len(after) == 12 and after[-4:] == [56, 57, 58, 59]
+        assert len(after) == 12
+        assert after[-4:] == [56, 57, 58, 59]
         assert {position for position in after if position < 40} <= set(before)
 
 

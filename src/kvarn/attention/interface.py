@@ -80,12 +80,13 @@ def attention(
     if isinstance(key, Pending) and isinstance(value, Pending):
         if not isinstance(attention_mask, Mask) or attention_mask.custom or kwargs.get("position_bias") is not None:
             raise Unsupported(
-                f"{type(module).__name__} was given a custom attention mask or a position bias; with a kvarn cache only "
-                "causal attention, sliding windows and 2-d padding masks are supported"
+                f"{type(module).__name__} was given a custom attention mask or a position bias; a kvarn cache supports "
+                "causal attention, sliding windows and 2-d padding masks only"
             )
         out = key.cache.attend(module, key.layer, query, key.states, value.states, attention_mask, variant)
         return out.transpose(1, 2).contiguous(), None
-    assert isinstance(key, Tensor) and isinstance(value, Tensor)
+    assert isinstance(key, Tensor)
+    assert isinstance(value, Tensor)
     mask = attention_mask.tensor if isinstance(attention_mask, Mask) else attention_mask
     if variant.plain:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)

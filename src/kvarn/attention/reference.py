@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 # Queries that the explicit path takes at once: bounds its logits to QUERY_BLOCK x n numbers a query head.
-QUERY_BLOCK = 256
+QUERY_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ def attend_with_mass(query: Tensor, parts: Sequence[Part], variant: Variant) -> 
     for block, rows in _blocks(query, parts):
         weighed = [weights(block, part, variant) for part in rows]
         shares = merge(block, weighed, variant)
-        output = sum(
+        partials = [
             share * _by_kv_head(w.weights, part.values.float())
             for share, w, part in zip(shares, weighed, rows, strict=True)
-        )
-        outputs.append(output)
+        ]
+        outputs.append(torch.stack(partials).sum(0))
         _receive(masses, shares, weighed)
     return torch.cat(outputs, 3).flatten(1, 2).to(query.dtype), masses
 

@@ -116,7 +116,7 @@ class Pool:
 
 
 class Arena:
-    """All pools of one cache or engine: one pool a format, one ceiling in bytes for them together (None: no ceiling)."""
+    """All pools of one cache or engine: one pool a format, one ceiling in bytes for all (None: no ceiling)."""
 
     def __init__(self, device: torch.device, page_size: int, ceiling: int | None = None):
         self.device, self.page_size, self.ceiling = device, page_size, ceiling

@@ -81,7 +81,7 @@ class Segment:
         self._device_pages.clear()
 
     def write(self, heads: slice | Tensor, first: Tensor, rows: Rows, counts: Tensor) -> None:
-        """Writes units: ``rows`` are tensors of [R, units, *shape]; ``first`` and ``counts`` are int64 [R] in tokens."""
+        """Writes units: ``rows`` are tensors of [R, units, *shape], ``first`` and ``counts`` int64 [R] in tokens."""
         if not int(counts.max()):
             return
         units = int(counts.max()) // self.unit
@@ -113,9 +113,7 @@ class Segment:
 
     # -- reading ------------------------------------------------------------------------------------------------
 
-    def read(
-        self, heads: slice | Tensor, limit: int | None = None, names: Collection[str] | None = None
-    ) -> Rows:
+    def read(self, heads: slice | Tensor, limit: int | None = None, names: Collection[str] | None = None) -> Rows:
         """The units of each head, oldest first: tensors of [R, units, *shape], padded to the longest head.
 
         ``limit``: only so many tokens from the front (a multiple of the unit); ``names``: only these tensors.
@@ -149,7 +147,9 @@ class Segment:
 
     def settle_span(self) -> None:
         """Notes whether all heads now have one start and one length, which makes reading them cheap."""
-        even = self.lengths.numel() and (self.starts == self.starts[0]).all() and (self.lengths == self.lengths[0]).all()
+        even = (
+            self.lengths.numel() and (self.starts == self.starts[0]).all() and (self.lengths == self.lengths[0]).all()
+        )
         self._span = (int(self.starts[0]), int(self.lengths[0])) if even else None
 
     def decode(self, heads: slice | Tensor, limit: int | None = None) -> Tensor:
@@ -191,7 +191,6 @@ class Segment:
 
         The last tokens move into the holes, so a head costs e moves whatever its length; the order changes.
         """
-        self._own(heads)
         count = victims.shape[1]
         left = (self.lengths[heads] - count).to(victims.device)[:, None]
         tail = left + torch.arange(count, device=victims.device)
@@ -199,6 +198,7 @@ class Segment:
         moved = torch.where(stays, tail, -1).sort(1, descending=True).values
         holes = torch.where(victims < left, victims, -1).sort(1, descending=True).values
         valid = moved >= 0
+        self._own_tokens(heads, holes)
         heads_of = torch.arange(victims.shape[0], device=victims.device)[:, None].expand_as(victims)[valid]
         pages = self._pages(heads, self._reach(heads)).view(victims.shape[0], -1)
         starts = self.starts[heads].to(victims.device)[heads_of]
@@ -231,7 +231,7 @@ class Segment:
         self._device_pages.clear()
 
     def overwrite(self, heads: slice | Tensor, x: Tensor, touched: Tensor) -> None:
-        """Encodes anew the units in which a token is ``touched`` (bool [R, longest]) from ``x`` ([R, longest, size])."""
+        """Encodes anew, from ``x`` ([R, longest, size]), the units with a token that is ``touched`` (bool [R, longest])."""
         self._own(heads)
         old, counts = self.read(heads), self.lengths[heads]
         new = self.format.encode(x)
@@ -340,12 +340,22 @@ class Segment:
 
     def _own(self, heads: slice | Tensor) -> None:
         """Copies every shared page of these heads, so that they can be written."""
-        if not self.pool.shared:
-            return
+        if self.pool.shared:
+            held = self._pages_of(self.starts[heads] + self.lengths[heads])
+            self._own_pages(heads, torch.arange(self.table.shape[1]) < held[:, None])
+
+    def _own_tokens(self, heads: slice | Tensor, tokens: Tensor) -> None:
+        """Copies the shared pages that hold ``tokens`` (int64 [R, m] on the device, -1: none)."""
+        if self.pool.shared:
+            tokens = tokens.cpu()
+            column = (self.starts[heads][:, None] + tokens.clamp(min=0)) // self.pool.page_size
+            touched = torch.zeros(tokens.shape[0], self.table.shape[1], dtype=torch.int64)
+            self._own_pages(heads, touched.scatter_add_(1, column, (tokens >= 0).long()) > 0)
+
+    def _own_pages(self, heads: slice | Tensor, pages: Tensor) -> None:
+        """Copies the shared ones among ``pages`` (bool [R, table width])."""
         ids = self._ids(heads)
-        held = self._pages_of(self.starts[ids] + self.lengths[ids])
-        in_use = torch.arange(self.table.shape[1]) < held[:, None]
-        row, column = torch.nonzero(in_use & (self.pool.references[self.table[ids].long()] > 1), as_tuple=True)
+        row, column = torch.nonzero(pages & (self.pool.references[self.table[ids].long()] > 1), as_tuple=True)
         self._replace_shared(ids[row], column, self.pool.allocate(row.numel()))
 
     def _replace_shared(self, ids: Tensor, columns: Tensor, pages: Tensor) -> None:
@@ -359,7 +369,6 @@ class Segment:
         self._device_pages.clear()
 
 
-
 def pick(rows: Tensor, index: Tensor) -> Tensor:
     """[R, n, *shape] at index [R, m] (out-of-range clamped) -> [R, m, *shape]."""
     index = index.clamp(max=rows.shape[1] - 1)
@@ -369,7 +378,6 @@ def pick(rows: Tensor, index: Tensor) -> Tensor:
 def _shifted(rows: Tensor, starts: Tensor, count: int) -> Tensor:
     """Row r from starts[r] on: [R, n, *shape] -> [R, count, *shape]."""
     return pick(rows, starts.to(rows.device)[:, None] + torch.arange(count, device=rows.device))
-
 
 
 def _expand(mask: Tensor, like: Tensor) -> Tensor:

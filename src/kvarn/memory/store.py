@@ -81,10 +81,12 @@ class Side:
     def append(self, heads: slice | Tensor, x: Tensor, counts: Tensor) -> None:
         """Appends ``x`` ([R, n, size], the first ``counts`` of each row); what is ripe goes straight to its format."""
         if self.settled is None:
-            return self.tail.append(heads, self.tail.format.encode(x), counts)
+            self.tail.append(heads, self.tail.format.encode(x), counts)
+            return
         if int(self.tail.lengths[heads].max()):
             self.tail.append(heads, self.tail.format.encode(x), counts)
-            return self.settle(heads)
+            self.settle(heads)
+            return
         ripe = self.layout.ripe(counts)
         first = int(ripe.max())
         if first:
@@ -124,7 +126,8 @@ class Side:
         Of the tokens that had settled, those that no longer fill a unit return to the tail, decoded.
         """
         if self.settled is None:
-            return self.tail.take(heads, index, counts)
+            self.tail.take(heads, index, counts)
+            return
         before = self.settled.lengths[heads].to(index.device)[:, None]
         valid = torch.arange(index.shape[1], device=index.device) < counts.to(index.device)[:, None]
         leading = ((index < before) & valid).cumprod(1).sum(1).cpu()
@@ -262,14 +265,16 @@ class Store:
         if self.keys.settled or self.values.settled:
             longest = int(self.lengths[heads].max())
             mask = torch.arange(longest, device=victims.device) < self.lengths[heads].to(victims.device)[:, None]
-            return self.keep(heads, mask.scatter(1, victims, False), self.lengths[heads] - victims.shape[1])
+            self.keep(heads, mask.scatter(1, victims, False), self.lengths[heads] - victims.shape[1])
+            return
         for segment in self.segments:
             segment.drop(heads, victims)
         self.note_spans()
 
     def pop_front(self, heads: slice | Tensor, counts: Tensor) -> None:
         """Removes the oldest ``counts`` entries (int64 [R]) of heads that are dense throughout."""
-        assert not (self.keys.settled or self.values.settled)
+        assert not (self.keys.settled)
+        assert not (self.values.settled)
         for segment in self.segments:
             segment.pop_front(heads, counts)
         self.note_spans()

@@ -27,15 +27,17 @@ class H2O(Method):
     family = "eviction"
     acts = "end of prompt, every decoding step"
     needs = "attention mass of every query"
-    citation = "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models, 2023, arXiv 2306.14048"
+    citation = (
+        "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models, 2023, arXiv 2306.14048"
+    )
 
     def __post_init__(self) -> None:
-        if min(self.heavy, self.recent) < 0 or not 0 < self.heavy + self.recent <= 1 or self.interval == 0:
-            raise RecipeError(f"{self}: needs heavy, recent >= 0, 0 < heavy + recent <= 1 and no interval of 0")
+        if min(self.heavy, self.recent) < 0 or not 0 < self.heavy + self.recent <= 1:
+            raise RecipeError(f"{self}: needs heavy, recent >= 0 and 0 < heavy + recent <= 1")
+        if self.interval is not None and self.interval < 1:
+            raise RecipeError(f"{self}: interval is at least 1")
 
     def eviction(self) -> Eviction:
         total = self.heavy + self.recent
         share = self.recent / total
-        return Eviction(
-            AccumulatedMass(), default=total, recent_share=share, decode=True, interval=self.interval
-        )
+        return Eviction(AccumulatedMass(), default=total, recent_share=share, decode=True, interval=self.interval)
