@@ -19,11 +19,11 @@ VARIANT = Variant(SIZE**-0.5)
 class OneLayer:
     """A group of one layer and one sequence; ``capacity`` entries a head."""
 
-    def __init__(self, recipe: str, capacity: int = 10**9):
+    def __init__(self, recipe: str, capacity: int = 10**9, device: str = "cpu"):
         parsed = kvarn.Recipe.parse(recipe)
         layout = parsed.layout(LAYER, torch.float32, page_size=4)
         eviction = parsed.eviction(LAYER, torch.float32)
-        self.group = LayerGroup([0], LAYER, layout, eviction, Arena(torch.device("cpu"), 4), batch=1)
+        self.group = LayerGroup([0], LAYER, layout, eviction, Arena(torch.device(device), 4), batch=1)
         self.group.capacity = torch.tensor([capacity])
         self.seen = 0
 
@@ -59,7 +59,8 @@ class OneLayer:
 
     def _step(self, keys: Tensor) -> Step:
         before, self.seen = self.seen, self.seen + keys.shape[2]
-        return Step(torch.arange(before, self.seen)[None], torch.tensor([before]), torch.tensor([self.seen]), False)
+        positions = torch.arange(before, self.seen, device=keys.device)[None]
+        return Step(positions, torch.tensor([before]), torch.tensor([self.seen]), False)
 
 
 def random_tokens(count: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

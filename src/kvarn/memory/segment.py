@@ -231,7 +231,7 @@ class Segment:
         self._device_pages.clear()
 
     def overwrite(self, heads: slice | Tensor, x: Tensor, touched: Tensor) -> None:
-        """Encodes anew, from ``x`` ([R, longest, size]), the units with a token that is ``touched`` (bool [R, longest])."""
+        """Encodes anew, from ``x`` ([R, longest, size]), units with a ``touched`` token (bool [R, longest])."""
         self._own(heads)
         old, counts = self.read(heads), self.lengths[heads]
         new = self.format.encode(x)
