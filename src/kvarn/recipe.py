@@ -52,6 +52,8 @@ class Recipe:
             return text
         if isinstance(text, Method):
             return cls((text,))
+        if not isinstance(text, str):
+            raise RecipeError(f"a recipe is a string, a Method or a Recipe, not {text!r}")
         try:
             tree = ast.parse(text.strip(), mode="eval").body
         except SyntaxError as error:
@@ -245,7 +247,7 @@ def _method(node: ast.expr, text: str) -> Method:
         raise RecipeError(f"unknown method {name!r}{_nearest(name, METHODS)}; the methods are {', '.join(METHODS)}")
     try:
         given = [(str(k.arg), ast.literal_eval(k.value)) for k in call.keywords]
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise _unreadable(text) from error
     if len(dict(given)) < len(given):
         raise RecipeError(f"{name} is given a parameter twice in {text!r}")
@@ -260,11 +262,17 @@ def _made(method: type[Method], given: dict[str, Any]) -> Method:
             takes = ", ".join(known) or "none"
             raise RecipeError(f"{method.name} has no parameter {name!r}{_nearest(name, known)}; it takes {takes}")
         if not _is_a(value, kinds[name]):
-            wanted = getattr(kinds[name], "__name__", str(kinds[name]).replace("typing.", ""))
+            wanted = _kind_in_words(kinds[name])
             raise RecipeError(
                 f"{method.name}({name}={value!r}): expected {wanted}, as in {name}={default_of(known[name])!r}"
             )
     return method(**given)
+
+
+def _kind_in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def _is_a(value: Any, kind: Any) -> bool:

@@ -67,7 +67,8 @@ class Report:
             bytes=held,
             dense_bytes=sum(map(spec.dense_bytes, tokens)),
             peak_bytes=max(held, arena.peak_bytes + tables if arena else 0),
-            reserved_bytes=arena.reserved_bytes + tables if arena else 0,
+            reserved_bytes=(arena.reserved_bytes if arena else 0)
+            + sum(group.store.reserved_bookkeeping_bytes for group in groups),
             by_tier={"device": held},
             by_format=by_format,
             entries=[entries[number] for number in sorted(entries)],

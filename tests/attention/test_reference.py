@@ -154,10 +154,9 @@ def test_values_may_have_another_size_than_keys() -> None:
         check(queries(q), [Part(keys, values, causal=True)], VARIANTS["both"])
 
 
-@pytest.mark.xfail(strict=True, reason="the explicit path counts the rows of such a part from its own length")
-def test_causal_parts_may_have_fewer_entries_than_queries() -> None:
-    """The first n - q + i + 1 entries are none for the first queries."""
-    check(queries(5), [a_part("causal", 3, 5)], VARIANTS["both"])
+def test_causal_parts_with_fewer_entries_than_queries_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least as many entries"):
+        attend_with_mass(queries(5), [a_part("causal", 3, 5)], VARIANTS["both"])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

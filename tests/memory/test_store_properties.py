@@ -38,7 +38,7 @@ class Driven(RuleBasedStateMachine):
     kind = "dense"
 
     @initialize(
-        page_size=st.sampled_from([1, 2, 4]), counts=st.lists(st.integers(0, 25), min_size=HEADS, max_size=HEADS)
+        page_size=st.sampled_from([1, 2, 4, 6]), counts=st.lists(st.integers(0, 25), min_size=HEADS, max_size=HEADS)
     )
     def begin(self, page_size: int, counts: list[int]) -> None:
         self.arena = Arena(CPU, page_size)

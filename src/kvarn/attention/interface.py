@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -90,6 +91,11 @@ def attention(
     mask = attention_mask.tensor if isinstance(attention_mask, Mask) else attention_mask
     if variant.plain:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+    if query.requires_grad or (mask is not None and mask.dtype != torch.bool):
+        raise Unsupported(
+            f"{type(module).__name__} soft-caps logits or has sinks, for which kvarn's attention takes neither "
+            "gradients nor additive masks; use model.set_attn_implementation('eager') for that"
+        )
     out = attend(query, [Part(key, value, mask, causal=mask is None)], variant)
     return out.transpose(1, 2).contiguous(), None
 

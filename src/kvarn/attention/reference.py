@@ -21,9 +21,9 @@ class Part:
     """Entries that are read together.
 
     ``keys`` and ``values`` are [B, K, n, D]. ``mask`` (bool, [B or 1, K or 1, q or 1, n]) says which entries a query
-    may read; None means all, or with ``causal`` the first n - q + i + 1 for query i. ``log_weight`` ([B, K, n]) is
-    added to the logits. The logits are divided by ``temperature``, and in the merge the part's mass counts ``scale``
-    times (parallel contexts).
+    may read; None means all, or with ``causal`` (n >= q) the first n - q + i + 1 for query i. ``log_weight``
+    ([B, K, n]) is added to the logits. The logits are divided by ``temperature``, and in the merge the part's mass
+    counts ``scale`` times (parallel contexts).
     """
 
     keys: Tensor
@@ -210,6 +210,8 @@ def _forbid(logits: Tensor, part: Part) -> None:
 
 def _blocks(query: Tensor, parts: Sequence[Part]) -> Iterator[tuple[Tensor, list[Part]]]:
     """Blocks of queries, [B, K, G, b, D], with what they may read of each part."""
+    if any(part.causal and part.keys.shape[2] < query.shape[2] for part in parts):
+        raise ValueError("a causal part needs at least as many entries as there are queries")
     grouped = query.unflatten(1, (parts[0].keys.shape[1], -1))
     for first in range(0, query.shape[2], QUERY_BLOCK):
         block = grouped[:, :, :, first : first + QUERY_BLOCK]

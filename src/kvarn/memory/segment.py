@@ -40,13 +40,17 @@ class Segment:
     @property
     def page_bytes(self) -> int:
         """Bytes of the pages these heads refer to, a page that several of them share counted once."""
-        held = self._pages_of(self.starts + self.lengths)
-        pages = self.table[torch.arange(self.table.shape[1]) < held[:, None]]
+        pages = self.table[torch.arange(self.table.shape[1]) < self._held(slice(None))[:, None]]
         return (pages.unique().numel() if self.pool.shared else pages.numel()) * self.pool.page_bytes
 
     @property
     def bookkeeping_bytes(self) -> int:
-        """Bytes of the page table, starts and lengths."""
+        """Bytes of starts, lengths and the part of the page table that is in use."""
+        return self.pages_held(slice(None)) * TABLE_ENTRY + self.lengths.numel() * HEAD_OVERHEAD
+
+    @property
+    def reserved_bookkeeping_bytes(self) -> int:
+        """Bytes of starts, lengths and the page table, which is as wide as its longest head."""
         return self.table.numel() * TABLE_ENTRY + self.lengths.numel() * HEAD_OVERHEAD
 
     # -- growing ------------------------------------------------------------------------------------------------
@@ -54,19 +58,26 @@ class Segment:
     def pages_to_extend(self, heads: slice | Tensor, counts: Tensor) -> int:
         """Pages that ``extend`` would allocate, copies of shared open pages included."""
         ends = self.starts[heads] + self.lengths[heads]
-        needed = int((self._pages_of(ends + counts) - self._pages_of(ends)).sum())
+        needed = int((self._pages_of(ends + counts) - self._held(heads)).sum())
         return needed + self._shared_open(heads, counts)[0].numel()
 
     def pages_held(self, heads: slice | Tensor) -> int:
         """Pages in these heads' tables."""
-        return int(self._pages_of(self.starts[heads] + self.lengths[heads]).sum())
+        return int(self._held(heads).sum())
+
+    def pages_shared(self, heads: slice | Tensor) -> int:
+        """Pages of these heads that others refer to too: as many may have to be copied when the heads are written."""
+        if not self.pool.shared:
+            return 0
+        held = torch.arange(self.table.shape[1]) < self._held(heads)[:, None]
+        return int((self.pool.references[self.table[heads][held].long()] > 1).sum())
 
     def extend(self, heads: slice | Tensor, counts: Tensor) -> None:
         """Lengthens each head by ``counts`` tokens (int64 [R], multiples of the unit), to be written by ``write``."""
         owners, columns = self._shared_open(heads, counts)
         ids = self._ids(heads)
         ends = self.starts[heads] + self.lengths[heads]
-        held = self._pages_of(ends)
+        held = self._held(heads)
         needed = self._pages_of(ends + counts) - held
         total = int(needed.sum())
         pages = self.pool.allocate(total + owners.numel())
@@ -124,7 +135,7 @@ class Segment:
         if not longest:
             return {n: t.new_empty((count, 0, *t.shape[2:])) for n, t in self.pool.tensors.items()}
         units = longest // self.unit
-        reach = self._reach(heads) if limit is None else int(starts.max()) + longest
+        reach = self._reach(heads) if limit is None else min(self._reach(heads), int(starts.max()) + longest)
         pages = self._pages(heads, reach)
         out = {}
         for name in names or self.pool.tensors:
@@ -161,7 +172,7 @@ class Segment:
     def rewrite(self, heads: slice | Tensor, rows: Rows, counts: Tensor) -> None:
         """Replaces all tokens of each head by ``rows`` ([R, units, *shape], ``counts`` tokens), freeing the rest."""
         self._own(heads)
-        keep = torch.minimum(self._pages_of(counts), self._pages_of(self.starts[heads] + self.lengths[heads]))
+        keep = torch.minimum(self._pages_of(counts), self._held(heads))
         self._free_beyond(heads, keep)
         self.starts[heads] = 0
         self._resize(heads, torch.minimum(counts, keep * self.pool.page_size))
@@ -209,15 +220,17 @@ class Segment:
         for tensor in self.pool.tensors.values():
             flat = tensor.flatten(0, 1)
             flat[target] = flat[source]
-        self._free_beyond(heads, self._pages_of(self.starts[heads] + self.lengths[heads] - count))
-        self._resize(heads, self.lengths[heads] - count)
+        remaining = self.lengths[heads] - count
+        self._free_beyond(heads, torch.where(remaining > 0, self._pages_of(self.starts[heads] + remaining), 0))
+        self.starts[heads] = torch.where(remaining > 0, self.starts[heads], 0)
+        self._resize(heads, remaining)
 
     def pop_front(self, heads: slice | Tensor, counts: Tensor) -> None:
         """Removes the oldest ``counts`` tokens of each head (int64 [R]); pages are freed as they empty."""
         ids = self._ids(heads)
         starts = self.starts[ids] + counts
         lengths = self.lengths[ids] - counts
-        held = self._pages_of(self.starts[ids] + self.lengths[ids])
+        held = self._held(ids)
         gone = torch.where(lengths > 0, starts // self.pool.page_size, held)
         self.starts[ids] = torch.where(lengths > 0, starts % self.pool.page_size, 0)
         self._resize(ids, lengths)
@@ -248,7 +261,7 @@ class Segment:
         padded = tensor.new_zeros(amount.shape[0], pages.numel() // amount.shape[0] * size)
         if first is None:
             place = self.starts[heads][:, None] + torch.arange(amount.shape[1])
-            padded.scatter_(1, place.clamp(max=padded.shape[1] - 1).to(amount.device), amount, reduce="add")
+            padded.scatter_add_(1, place.clamp(max=padded.shape[1] - 1).to(amount.device), amount)
         else:
             padded[:, first : first + amount.shape[1]] = amount
         tensor.index_add_(0, pages, padded.view(-1, size))
@@ -265,7 +278,7 @@ class Segment:
         self.table[ids, :width] = source.table[others]
         self.starts[ids] = source.starts[others]
         self._resize(ids, source.lengths[others])
-        held = self._pages_of(self.starts[ids] + self.lengths[ids])
+        held = self._held(ids)
         self.pool.share(self.table[ids][torch.arange(self.table.shape[1]) < held[:, None]])
         self._device_pages.clear()
 
@@ -290,6 +303,10 @@ class Segment:
             return sum(self._span)
         return int((self.starts[heads] + self.lengths[heads]).max())
 
+    def _held(self, heads: slice | Tensor) -> Tensor:
+        """Pages of each head (an empty head starts at 0, so it holds none)."""
+        return self._pages_of(self.starts[heads] + self.lengths[heads])
+
     def _pages_of(self, tokens: Tensor) -> Tensor:
         return (tokens + self.pool.page_size - 1) // self.pool.page_size
 
@@ -305,7 +322,7 @@ class Segment:
         key = (heads.start, heads.stop, width) if isinstance(heads, slice) else None
         if key is not None and key in self._device_pages:
             return self._device_pages[key]
-        held = self._pages_of(self.starts[heads] + self.lengths[heads])
+        held = self._held(heads)
         table = self.table[heads][:, :width].long()
         # Beyond a short head's pages its own first page is read and masked: the table's old ids mean nothing there.
         table = torch.where(torch.arange(width) < held[:, None], table, table[:, :1].clamp(max=self.pool.capacity - 1))
@@ -321,7 +338,7 @@ class Segment:
 
     def _free_beyond(self, heads: slice | Tensor, keep: Tensor) -> None:
         """Releases every page of a head after its first ``keep``."""
-        held = self._pages_of(self.starts[heads] + self.lengths[heads])
+        held = self._held(heads)
         columns = torch.arange(self.table.shape[1])
         self.pool.release(self.table[heads][(columns >= keep[:, None]) & (columns < held[:, None])])
         self._device_pages.clear()
@@ -341,8 +358,7 @@ class Segment:
     def _own(self, heads: slice | Tensor) -> None:
         """Copies every shared page of these heads, so that they can be written."""
         if self.pool.shared:
-            held = self._pages_of(self.starts[heads] + self.lengths[heads])
-            self._own_pages(heads, torch.arange(self.table.shape[1]) < held[:, None])
+            self._own_pages(heads, torch.arange(self.table.shape[1]) < self._held(heads)[:, None])
 
     def _own_tokens(self, heads: slice | Tensor, tokens: Tensor) -> None:
         """Copies the shared pages that hold ``tokens`` (int64 [R, m] on the device, -1: none)."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..formats import Columns, Dense, Format
-from .pool import PAGE_OVERHEAD, Arena
+from .pool import PAGE_OVERHEAD, Arena, Pool
 from .segment import HEAD_OVERHEAD, TABLE_ENTRY, Segment, pick
 
 
@@ -77,6 +77,35 @@ class Side:
     @property
     def lengths(self) -> Tensor:
         return self.settled.lengths + self.tail.lengths if self.settled else self.tail.lengths
+
+    def pages_to_append(self, heads: slice | Tensor, counts: Tensor) -> list[tuple[Segment, int]]:
+        """Pages that ``append`` would allocate in each segment."""
+        if self.settled is None:
+            return [(self.tail, self.tail.pages_to_extend(heads, counts))]
+        tail = self.tail.lengths[heads]
+        ripe = self.layout.ripe(tail + counts)
+        longer = counts if int(tail.max()) else counts - ripe
+        return [
+            (self.tail, self.tail.pages_to_extend(heads, longer)),
+            (self.settled, self.settled.pages_to_extend(heads, ripe)),
+        ]
+
+    def pages_to_take(self, heads: slice | Tensor) -> list[tuple[Segment, int]]:
+        """The most pages that ``take`` or ``replace`` can allocate in each segment: copies of shared ones, and for
+        sides that settle the tokens that return to the tail or ripen."""
+        moving = [(segment, segment.pages_shared(heads)) for segment in self.segments]
+        if self.settled is None:
+            return moving
+        heads_count = self.lengths[heads].numel()
+        tail_pages = -(-self.settled.unit // self.tail.pool.page_size)
+        ripe_pages = -(-(self.settled.unit + self.layout.block) // self.settled.pool.page_size) + 1
+        return [*moving, (self.tail, heads_count * tail_pages), (self.settled, heads_count * ripe_pages)]
+
+    def pages_to_settle(self, heads: slice | Tensor) -> list[tuple[Segment, int]]:
+        """Pages that ``settle`` would allocate."""
+        if self.settled is None:
+            return []
+        return [(self.settled, self.settled.pages_to_extend(heads, self.layout.ripe(self.tail.lengths[heads])))]
 
     def append(self, heads: slice | Tensor, x: Tensor, counts: Tensor) -> None:
         """Appends ``x`` ([R, n, size], the first ``counts`` of each row); what is ripe goes straight to its format."""
@@ -188,6 +217,10 @@ class Store:
         self, heads: slice | Tensor, keys: Tensor, values: Tensor, columns: Mapping[str, Tensor], counts: Tensor
     ) -> None:
         """Appends ``counts`` entries (int64 [R]) to each head: [R, n, size] keys and values, [R, n] columns."""
+        needed = self.keys.pages_to_append(heads, counts) + self.values.pages_to_append(heads, counts)
+        if self.columns:
+            needed.append((self.columns, self.columns.pages_to_extend(heads, counts)))
+        self._require(needed)
         self.keys.append(heads, keys, counts)
         self.values.append(heads, values, counts)
         if self.columns:
@@ -203,12 +236,7 @@ class Store:
         targets = self._open_segments()
         everyone = slice(0, self.lengths.numel())
         one = torch.ones_like(self.lengths)
-        needed: dict = {}
-        for segment in targets:
-            needed[segment.pool] = needed.get(segment.pool, 0) + segment.pages_to_extend(everyone, one)
-        self.arena.require(needed)
-        for pool, count in needed.items():
-            pool.reserve(count)
+        self._require([(segment, segment.pages_to_extend(everyone, one)) for segment in targets])
         for segment in targets:
             segment.extend(everyone, one)
             segment.settle_span()
@@ -224,6 +252,7 @@ class Store:
 
     def settle(self, heads: slice | Tensor) -> None:
         """Encodes what has grown old enough for its format."""
+        self._require(self.keys.pages_to_settle(heads) + self.values.pages_to_settle(heads))
         self.keys.settle(heads)
         self.values.settle(heads)
         self.note_spans()
@@ -250,6 +279,7 @@ class Store:
         counts = mask.sum(1).cpu() if counts is None else counts
         if bool((counts == self.lengths[heads]).all()):
             return
+        self._require_changes(heads)
         longest = int(counts.max())
         rank = torch.where(mask, 1, 2)
         rank = torch.where(self._in_whole_units(heads, mask), 0, rank)
@@ -267,6 +297,7 @@ class Store:
             mask = torch.arange(longest, device=victims.device) < self.lengths[heads].to(victims.device)[:, None]
             self.keep(heads, mask.scatter(1, victims, False), self.lengths[heads] - victims.shape[1])
             return
+        self._require_changes(heads)
         for segment in self.segments:
             segment.drop(heads, victims)
         self.note_spans()
@@ -281,6 +312,7 @@ class Store:
 
     def replace(self, heads: slice | Tensor, index: Tensor, keys: Tensor, values: Tensor) -> None:
         """Overwrites entries ``index`` (int64 [R, m], distinct in a row) by [R, m, size] keys and values (merging)."""
+        self._require_changes(heads)
         self.keys.replace(heads, index, keys)
         self.values.replace(heads, index, values)
 
@@ -303,6 +335,24 @@ class Store:
         """Notes for each segment whether its heads are all alike (after any operation that may have made them so)."""
         for segment in self.segments:
             segment.settle_span()
+
+    @property
+    def reserved_bookkeeping_bytes(self) -> int:
+        return sum(segment.reserved_bookkeeping_bytes for segment in self.segments)
+
+    def _require(self, needed: list[tuple[Segment, int]]) -> None:
+        """Raises OutOfMemory unless all these pages can be had, so that no operation stops halfway."""
+        pages: dict[Pool, int] = {}
+        for segment, count in needed:
+            pages[segment.pool] = pages.get(segment.pool, 0) + count
+        self.arena.require(pages)
+
+    def _require_changes(self, heads: slice | Tensor) -> None:
+        """``_require`` for operations that rewrite these heads."""
+        needed = self.keys.pages_to_take(heads) + self.values.pages_to_take(heads)
+        if self.columns:
+            needed.append((self.columns, self.columns.pages_shared(heads)))
+        self._require(needed)
 
     def _open_segments(self) -> list[Segment]:
         return [self.keys.tail, self.values.tail, *([self.columns] if self.columns else [])]
