@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from .attention.interface import NAME, Mask, Pending
 from .attention.reference import Variant
 from .errors import CacheMismatch, PromptTooLong, Unsupported
-from .group import LayerGroup, Step
+from .group import Fresh, LayerGroup, Step
 from .memory import Arena
 from .methods import Method
 from .recipe import Budget, Plan, Recipe, check_budget
@@ -83,10 +83,8 @@ class Cache(TransformersCache):
                 "layers were skipped; call reset() and give the tokens again"
             )
         group, step = self._group_of[layer], self._step
-        if self._decoding:
-            out = group.token(layer, query, keys, values, variant)
-        else:
-            out = group.prompt(layer, query, keys, values, step, variant)
+        fresh = Fresh(query, keys, values, step, variant)
+        out = group.token(layer, fresh) if self._decoding else group.prompt(layer, fresh)
         self._next_layer += 1
         if self._next_layer == len(self.spec.layers):
             self._end(step, keys.shape[2])

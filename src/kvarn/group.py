@@ -35,6 +35,17 @@ class Step:
         return self.after - self.before
 
 
+@dataclass(frozen=True)
+class Fresh:
+    """One layer's new tokens: queries [B, H, q, D], keys and values [B, K, q, D], and how they attend."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    step: Step
+    variant: Variant
+
+
 class LayerGroup:
     """The entries of some layers with equal ``LayerSpec``, for ``batch`` sequences."""
 
@@ -80,19 +91,19 @@ class LayerGroup:
 
     # -- prompts ------------------------------------------------------------------------------------------------
 
-    def prompt(self, number: int, query: Tensor, keys: Tensor, values: Tensor, step: Step, variant: Variant) -> Tensor:
+    def prompt(self, number: int, fresh: Fresh) -> Tensor:
         """Attends new tokens to what is stored and to themselves, exactly, then stores what the recipe keeps."""
         heads = self.heads(number)
-        stored = self._stored(heads)
-        out = attend(query, self._exact_parts(heads, stored, keys, values, step), variant)
-        in_hand = (keys, values) if stored is None else (keys, values, stored.keys, stored.values)
+        stored = self._part(heads, None) if int(self.store.lengths[heads].max()) else None
+        out = attend(fresh.query, self._exact_parts(heads, stored, fresh), fresh.variant)
+        in_hand = [fresh.keys, fresh.values, *([stored.keys, stored.values] if stored else [])]
         self.arena.note_peak(sum(tensor.nbytes for tensor in in_hand))
         if self.eviction is not None:
-            self._store_best(heads, query, stored, keys, values, step, variant)
+            self._store_best(self.eviction, heads, stored, fresh)
         elif self.layer.window is not None:
-            self._store_window(heads, keys, values, step)
+            self._store_window(self.layer.window, heads, fresh)
         else:
-            self._append(heads, keys, values, step, step.positions[:, None] >= 0, step.counts[:, None])
+            self._append_all(heads, fresh)
         if stored is None and number == self.numbers[0]:
             self.store.reserve_like(heads, len(self.numbers) - 1)
         return out
@@ -114,15 +125,15 @@ class LayerGroup:
             if self.eviction.score.accumulates:
                 self._token_columns = {**self._token_columns, "mass": torch.zeros_like(position, dtype=torch.float32)}
 
-    def token(self, number: int, query: Tensor, keys: Tensor, values: Tensor, variant: Variant) -> Tensor:
+    def token(self, number: int, fresh: Fresh) -> Tensor:
         """Stores one new token a sequence and attends it to all that is stored."""
         heads = self.heads(number)
         columns = {name: column[heads] for name, column in self._token_columns.items()}
-        self.store.put_token(heads, keys.flatten(0, 2), values.flatten(0, 2), columns)
+        self.store.put_token(heads, fresh.keys.flatten(0, 2), fresh.values.flatten(0, 2), columns)
         part = self._part(heads, None if self._even else self._held(heads)[:, :, None])
         if self.eviction is None or not self.eviction.score.accumulates:
-            return attend(query, [part], variant)
-        out, (mass,) = attend_with_mass(query, [part], variant)
+            return attend(fresh.query, [part], fresh.variant)
+        out, (mass,) = attend_with_mass(fresh.query, [part], fresh.variant)
         self.store.add_to_column(heads, "mass", mass.mean(2).flatten(0, 1))
         return out
 
@@ -150,91 +161,68 @@ class LayerGroup:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _store_best(
-        self,
-        heads: slice,
-        query: Tensor,
-        stored: Part | None,
-        keys: Tensor,
-        values: Tensor,
-        step: Step,
-        variant: Variant,
-    ) -> None:
+    def _store_best(self, eviction: Eviction, heads: slice, stored: Part | None, fresh: Fresh) -> None:
         """Keeps the best of what is stored and what is new, by the recipe's score."""
-        assert self.eviction is not None
-        accumulates = self.eviction.score.accumulates
+        accumulates, step = eviction.score.accumulates, fresh.step
         held = self.store.lengths[heads].view(self.batch, -1)
         if not accumulates and bool((held + step.counts[:, None] <= self.capacity[:, None]).all()):
-            self._append(heads, keys, values, step, step.positions[:, None] >= 0, step.counts[:, None])
+            self._append_all(heads, fresh)
             return
-        view = self._view(heads, query, stored, keys, values, step, variant)
-        capacity = self.capacity[:, None].expand(-1, self.layer.kv_heads).to(query.device)
-        keep, scores = self.eviction.keep(view, capacity)
+        view = self._view(eviction, heads, stored, fresh)
+        capacity = self.capacity[:, None].expand(-1, self.layer.kv_heads).to(fresh.query.device)
+        keep, scores = eviction.keep(view, capacity)
         old = 0 if stored is None else stored.keys.shape[2]
+        counts = torch.minimum(self.capacity, step.counts)[:, None]
         if stored is not None:
-            if accumulates:
-                assert view.mass is not None
+            if view.mass is not None:
                 gained = torch.where(view.valid[..., :old], scores[..., :old] - view.mass, 0)
                 self.store.add_to_column(heads, "mass", gained.flatten(0, 1))
             self.store.keep(heads, keep[..., :old].flatten(0, 1))
             counts = keep[..., old:].sum(-1).cpu()
-        else:
-            counts = torch.minimum(self.capacity, step.counts)[:, None]
-        mass = scores[..., old:] if accumulates else None
-        self._append(heads, keys, values, step, keep[..., old:], counts, mass)
+        self._append(heads, fresh, keep[..., old:], counts, scores[..., old:] if accumulates else None)
 
-    def _view(
-        self,
-        heads: slice,
-        query: Tensor,
-        stored: Part | None,
-        keys: Tensor,
-        values: Tensor,
-        step: Step,
-        variant: Variant,
-    ) -> PromptView:
-        new = step.positions[:, None].expand(-1, self.layer.kv_heads, -1)
-        positions, mass = new, None
+    def _view(self, eviction: Eviction, heads: slice, stored: Part | None, fresh: Fresh) -> PromptView:
+        step = fresh.step
+        positions = step.positions[:, None].expand(-1, self.layer.kv_heads, -1)
+        mass = None
         if stored is not None:
             old = self.store.read_column(heads, "position").long().view(self.batch, self.layer.kv_heads, -1)
             old = old.masked_fill(~self._held(heads), -1)
-            positions = torch.cat([old, new], -1)
-            if self.eviction is not None and self.eviction.score.accumulates:
+            positions = torch.cat([old, positions], -1)
+            if eviction.score.accumulates:
                 mass = self.store.read_column(heads, "mass").view_as(old).masked_fill(old < 0, 0)
 
         def masked_parts(query_positions: Tensor) -> tuple[Part, ...]:
-            fresh = Part(keys, values, self._visible(query_positions, step.positions[:, None]))
+            new = Part(fresh.keys, fresh.values, self._visible(query_positions, step.positions[:, None]))
             if stored is None:
-                return (fresh,)
+                return (new,)
             held = self._held(heads)[:, :, None] & (query_positions >= 0)[:, None, :, None]
-            return (Part(stored.keys, stored.values, held), fresh)
+            return (Part(stored.keys, stored.values, held), new)
 
-        parts = (
-            masked_parts(step.positions) if step.padded or stored is not None else (Part(keys, values, causal=True),)
-        )
-        return PromptView(
-            query, step.positions, parts, variant, positions, step.after.to(query.device), mass, masked_parts
-        )
+        masked = step.padded or stored is not None
+        parts = masked_parts(step.positions) if masked else (Part(fresh.keys, fresh.values, causal=True),)
+        seen = step.after.to(fresh.query.device)
+        return PromptView(fresh.query, step.positions, parts, fresh.variant, positions, seen, mass, masked_parts)
 
-    def _exact_parts(self, heads: slice, stored: Part | None, keys: Tensor, values: Tensor, step: Step) -> list[Part]:
+    def _exact_parts(self, heads: slice, stored: Part | None, fresh: Fresh) -> list[Part]:
         """What the new tokens may read: stored entries, and new ones up to themselves."""
-        window, queries = self.layer.window, keys.shape[2]
-        narrow = window is not None and int(step.after.max()) >= window
-        if step.padded or narrow:
-            fresh = Part(keys, values, self._visible(step.positions, step.positions[:, None]))
+        window, step = self.layer.window, fresh.step
+        if step.padded or (window is not None and int(step.after.max()) >= window):
+            new = Part(fresh.keys, fresh.values, self._visible(step.positions, step.positions[:, None]))
         else:
-            fresh = Part(keys, values, causal=True)
+            new = Part(fresh.keys, fresh.values, causal=True)
         if stored is None:
-            return [fresh]
+            return [new]
         lengths = self.store.lengths[heads]
         mask = None
         if window is not None:
             # Layers with a sliding window hold their newest tokens in order, so positions follow from the lengths.
             place = torch.arange(stored.keys.shape[2]) - lengths.view(self.batch, -1)[:, :1] + step.before[:, None]
-            mask = self._visible(step.positions, place[:, None].to(keys.device)) & self._held(heads)[:, :, None]
+            mask = self._visible(step.positions, place[:, None].to(step.positions.device))
+            mask = mask & self._held(heads)[:, :, None]
         elif not bool((lengths == lengths[0]).all()):
-            mask = self._held(heads)[:, :, None].expand(-1, -1, queries, -1)
-        return [Part(stored.keys, stored.values, mask), fresh]
+            mask = self._held(heads)[:, :, None].expand(-1, -1, fresh.keys.shape[2], -1)
+        return [Part(stored.keys, stored.values, mask), new]
 
     def _visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """What queries at [B, q] may read of keys at [B, K or 1, n]: bool [B, K or 1, q, n]; -1 is padding."""
@@ -242,42 +230,33 @@ class LayerGroup:
         visible = (keys <= queries) & (keys >= 0)
         return visible if self.layer.window is None else visible & (keys > queries - self.layer.window)
 
-    def _store_window(self, heads: slice, keys: Tensor, values: Tensor, step: Step) -> None:
+    def _store_window(self, window: int, heads: slice, fresh: Fresh) -> None:
         """Keeps the newest tokens that the next query of a sliding-window layer can still read."""
-        assert self.layer.window is not None
-        kept = self.layer.window - 1
+        kept, step = window - 1, fresh.step
         held = self.store.lengths[heads].view(self.batch, -1)
         self.store.pop_front(heads, (held + step.counts[:, None] - kept).clamp(min=0).minimum(held).flatten())
         newest = step.positions >= (step.after - kept).clamp(min=0)[:, None].to(step.positions.device)
-        self._append(heads, keys, values, step, newest[:, None], step.counts.clamp(max=kept)[:, None])
+        self._append(heads, fresh, newest[:, None], step.counts.clamp(max=kept)[:, None])
 
-    def _append(
-        self,
-        heads: slice,
-        keys: Tensor,
-        values: Tensor,
-        step: Step,
-        keep: Tensor,
-        counts: Tensor,
-        mass: Tensor | None = None,
-    ) -> None:
+    def _append_all(self, heads: slice, fresh: Fresh) -> None:
+        self._append(heads, fresh, fresh.step.positions[:, None] >= 0, fresh.step.counts[:, None])
+
+    def _append(self, heads: slice, fresh: Fresh, keep: Tensor, counts: Tensor, mass: Tensor | None = None) -> None:
         """Appends the new tokens where ``keep`` (bool [B, K or 1, q]), ``counts`` ([B, K or 1], host) of each head."""
         counts = counts.expand(-1, self.layer.kv_heads).flatten()
         longest = int(counts.max())
         if not longest:
             return
-        position = step.positions.to(torch.int32)[:, None].expand(-1, self.layer.kv_heads, -1)
+        keys, values = fresh.keys, fresh.values
+        position = fresh.step.positions.to(torch.int32)[:, None].expand(-1, self.layer.kv_heads, -1)
         columns = {"position": position, **({} if mass is None else {"mass": mass})}
-        if longest < keys.shape[2] or step.padded:
+        if longest < keys.shape[2] or fresh.step.padded:
             index = (~keep).byte().argsort(dim=-1, stable=True)[..., :longest].expand(-1, self.layer.kv_heads, -1)
             keys = keys.gather(2, index[..., None].expand(-1, -1, -1, keys.shape[3]))
             values = values.gather(2, index[..., None].expand(-1, -1, -1, values.shape[3]))
             columns = {name: column.gather(2, index) for name, column in columns.items()}
         rows = {name: column.flatten(0, 1) for name, column in columns.items()}
         self.store.append(heads, keys.flatten(0, 1), values.flatten(0, 1), rows, counts)
-
-    def _stored(self, heads: slice) -> Part | None:
-        return self._part(heads, None) if int(self.store.lengths[heads].max()) else None
 
     def _part(self, heads: slice, mask: Tensor | None) -> Part:
         keys = self.store.keys.read(heads).unflatten(0, (self.batch, -1))

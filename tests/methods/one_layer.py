@@ -7,7 +7,7 @@ from torch import Tensor
 
 import kvarn
 from kvarn.attention import Variant
-from kvarn.group import LayerGroup, Step
+from kvarn.group import Fresh, LayerGroup, Step
 from kvarn.memory import Arena
 from kvarn.spec import LayerSpec
 
@@ -28,14 +28,14 @@ class OneLayer:
         self.seen = 0
 
     def prompt(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        out = self.group.prompt(0, query, keys, values, self._step(keys), VARIANT)
+        out = self.group.prompt(0, Fresh(query, keys, values, self._step(keys), VARIANT))
         self.group.end_prompt()
         return out
 
     def token(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         step = self._step(keys)
         self.group.begin_token(step)
-        out = self.group.token(0, query, keys, values, VARIANT)
+        out = self.group.token(0, Fresh(query, keys, values, step, VARIANT))
         self.group.end_token(step)
         return out
 

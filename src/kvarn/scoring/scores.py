@@ -47,7 +47,7 @@ class AccumulatedMass(Score):
     accumulates = True
 
     def prompt(self, view: PromptView) -> Tensor:
-        mass = concatenated(mass_received(view.query, view.masked_parts(view.query_positions), view.variant)).mean(2)
+        mass = concatenated(mass_received(view.query, view.parts, view.variant)).mean(2)
         if view.mass is not None:
             mass[..., : view.mass.shape[-1]] += view.mass
         return mass
