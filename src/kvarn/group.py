@@ -4,7 +4,6 @@ Shapes: B sequences, H query heads, K KV heads, q new tokens, n entries, D head 
 (layer, sequence, KV head), so that a layer is a slice.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from .scoring import PromptView
 from .spec import LayerSpec
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Step:
     """The tokens of one forward pass.
 
@@ -35,7 +34,7 @@ class Step:
         return self.after - self.before
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Fresh:
     """One layer's new tokens: queries [B, H, q, D], keys and values [B, K, q, D], and how they attend."""
 
@@ -63,7 +62,6 @@ class LayerGroup:
         self.store = Store(layout, arena, len(numbers) * self.rows)
         self.capacity = torch.zeros(batch, dtype=torch.int64)  # entries a head may hold, where the recipe evicts
         self._first = {number: place * self.rows for place, number in enumerate(numbers)}
-        self._token_columns: Mapping[str, Tensor] = {}
         self._even = False  # whether all heads hold equally many entries
 
     @property
@@ -116,20 +114,19 @@ class LayerGroup:
 
     def begin_token(self, step: Step) -> None:
         """Before the first layer: makes room for one token in every head."""
-        self.store.open_token()
+        columns = {}
+        if self.eviction is not None:
+            columns["position"] = self._per_head(step.before).to(self.arena.device, torch.int32)
+            if self.eviction.score.accumulates:
+                columns["mass"] = torch.zeros_like(columns["position"], dtype=torch.float32)
+        self.store.open_token(columns)
         lengths = self.store.lengths
         self._even = bool((lengths == lengths[0]).all())
-        if self.eviction is not None:
-            position = self._per_head(step.before).to(self.arena.device)
-            self._token_columns = {"position": position.to(torch.int32)}
-            if self.eviction.score.accumulates:
-                self._token_columns = {**self._token_columns, "mass": torch.zeros_like(position, dtype=torch.float32)}
 
     def token(self, number: int, fresh: Fresh) -> Tensor:
         """Stores one new token a sequence and attends it to all that is stored."""
         heads = self.heads(number)
-        columns = {name: column[heads] for name, column in self._token_columns.items()}
-        self.store.put_token(heads, fresh.keys.flatten(0, 2), fresh.values.flatten(0, 2), columns)
+        self.store.put_token(heads, fresh.keys.flatten(0, 2), fresh.values.flatten(0, 2))
         part = self._part(heads, None if self._even else self._held(heads)[:, :, None])
         if self.eviction is None or not self.eviction.score.accumulates:
             return attend(fresh.query, [part], fresh.variant)

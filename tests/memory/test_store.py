@@ -151,10 +151,9 @@ def test_decoding_equals_appending(kind: str) -> None:
     keys, values = vectors(decoded, 30, 3)
     position, mass = torch.arange(30, dtype=torch.int32)[:, None].expand(-1, 3), torch.rand(30, 3)
     for i in range(30):
-        decoded.open_token()
+        decoded.open_token({"position": position[i], "mass": mass[i]})
         for heads in (slice(0, 1), slice(1, 3)):
-            columns = {"position": position[i, heads], "mass": mass[i, heads]}
-            decoded.put_token(heads, keys[i, heads], values[i, heads], columns)
+            decoded.put_token(heads, keys[i, heads], values[i, heads])
         decoded.settle(ALL)
         check_settled(decoded, ALL)
     columns = {"position": position.T, "mass": mass.T}
@@ -303,9 +302,9 @@ def test_heads_that_start_elsewhere_are_read_and_added_to() -> None:
 def test_columns_are_optional() -> None:
     store = Store(layout("kivi", columns=False), Arena(CPU, 4), 2)
     fill(store, slice(0, 2), [11, 20])
-    store.open_token()
+    store.open_token({})
     keys, values = vectors(store, 2)
-    store.put_token(slice(0, 2), keys, values, {})
+    store.put_token(slice(0, 2), keys, values)
     store.settle(slice(0, 2))
     assert store.lengths.tolist() == [12, 21]
     assert len(list(store.segments)) == 4
@@ -324,15 +323,18 @@ def writes(store: Store) -> dict[str, Callable[[], None]]:
     def append() -> None:
         fill(store, one, [9], first=100)
 
+    def open_token() -> None:
+        store.open_token({"position": torch.full((3,), 99).int(), "mass": torch.ones(3)})
+
     def token() -> None:
-        store.open_token()
-        store.put_token(ALL, *vectors(store, 3), {"position": torch.full((3,), 99).int(), "mass": torch.ones(3)})
+        open_token()
+        store.put_token(ALL, *vectors(store, 3))
         store.settle(ALL)
 
     operations: dict[str, Callable[[], None]] = {
         "append": append,
         "token": token,
-        "open_token": store.open_token,
+        "open_token": open_token,
         "settle": lambda: store.settle(ALL),
         "keep": lambda: store.keep(one, some),
         "drop": lambda: store.drop(one, torch.tensor([[1, 4]])),
@@ -390,7 +392,7 @@ def test_only_the_open_page_is_copied_for_a_new_token() -> None:
     fork = Store(store.layout, store.arena, 1)
     fork.share(slice(0, 1), store, slice(0, 1))
     page = {pool: pool.used for pool in store.arena.pools.values()}
-    fork.open_token()
+    fork.open_token({"position": torch.tensor([10]).int(), "mass": torch.ones(1)})
     copied = {pool: pool.used - page[pool] for pool in page}
     assert sorted(copied.values()) == [1, 2]  # columns one page; keys and values share a pool
     check_pages(store.arena, [store, fork])

@@ -90,12 +90,11 @@ class Driven(RuleBasedStateMachine):
     def token(self, which: int, cut: int, settle: bool, seed: int) -> None:
         store = self.stores[which]
         keys, values = vectors(store, HEADS, generator=torch.Generator().manual_seed(seed))
-        store.open_token()
+        position = torch.full((HEADS,), self.next_position, dtype=torch.int32)
+        store.open_token({"position": position, "mass": torch.zeros(HEADS)})
         for heads in (slice(0, cut), slice(cut, HEADS)):
-            columns = {"position": torch.full((HEADS,), self.next_position, dtype=torch.int32)[heads]}
-            columns["mass"] = torch.zeros(HEADS)[heads]
             if numbers(heads):
-                store.put_token(heads, keys[heads], values[heads], columns)
+                store.put_token(heads, keys[heads], values[heads])
         for head in range(HEADS):
             self.model[which][head].append(Entry(self.next_position, keys[head], values[head]))
         if settle:

@@ -29,7 +29,7 @@ class Attends(Protocol):
     ) -> Tensor: ...
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Pending:
     """New keys or values of one layer on their way from ``Cache.update`` to attention."""
 

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 QUERY_BLOCK = 64
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Part:
     """Entries that are read together.
 
@@ -39,7 +39,7 @@ class Part:
         return self.temperature == 1.0 and self.scale == 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Variant:
     """What a layer's attention computes: softmax(softcap(q k * scaling)) v, with ``sinks`` ([H] logits) that take
     mass and give nothing."""

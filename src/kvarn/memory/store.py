@@ -197,7 +197,7 @@ class Store:
         self.keys = Side(layout.keys, arena, heads)
         self.values = Side(layout.values, arena, heads)
         self.columns = Segment(arena.pool(layout.columns), heads) if layout.columns else None
-        self._slots: list[Tensor] = []
+        self._key_slots = self._value_slots = torch.zeros(0, dtype=torch.int64)
 
     @property
     def lengths(self) -> Tensor:
@@ -231,8 +231,9 @@ class Store:
         for segment in self.segments:
             segment.pool.reserve(times * segment.pages_held(heads))
 
-    def open_token(self) -> None:
-        """Makes room for one more entry in every head at once; ``put_token`` then fills it layer by layer."""
+    def open_token(self, columns: Mapping[str, Tensor]) -> None:
+        """Makes room for one more entry in every head at once, with its ``columns`` ([heads] each); ``put_token`` then
+        brings keys and values layer by layer."""
         targets = self._open_segments()
         everyone = slice(0, self.lengths.numel())
         one = torch.ones_like(self.lengths)
@@ -240,15 +241,14 @@ class Store:
         for segment in targets:
             segment.extend(everyone, one)
             segment.settle_span()
-        self._slots = [segment.next_slots(everyone) for segment in targets]
-
-    def put_token(self, heads: slice, keys: Tensor, values: Tensor, columns: Mapping[str, Tensor]) -> None:
-        """Writes the entry that ``open_token`` made room for: [R, size] keys and values, [R] columns."""
-        slots = [slot[heads] for slot in self._slots]
-        self.keys.tail.put(slots[0], self.keys.tail.format.encode(keys))
-        self.values.tail.put(slots[1], self.values.tail.format.encode(values))
+        self._key_slots, self._value_slots = (s.next_slots(everyone) for s in (self.keys.tail, self.values.tail))
         if self.columns:
-            self.columns.put(slots[2], dict(columns))
+            self.columns.put(self.columns.next_slots(everyone), dict(columns))
+
+    def put_token(self, heads: slice, keys: Tensor, values: Tensor) -> None:
+        """Writes the keys and values ([R, size]) of the entry that ``open_token`` made room for."""
+        self.keys.tail.put(self._key_slots[heads], self.keys.tail.format.encode(keys))
+        self.values.tail.put(self._value_slots[heads], self.values.tail.format.encode(values))
 
     def settle(self, heads: slice | Tensor) -> None:
         """Encodes what has grown old enough for its format."""
