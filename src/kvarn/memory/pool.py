@@ -56,6 +56,8 @@ class Pool:
 
     def allocate(self, count: int) -> Tensor:
         """``count`` page ids, int32 [count], with one reference each. Raises OutOfMemory before anything changes."""
+        if not count:
+            return self._free[:0]
         self.arena.require({self: count})
         self.reserve(count)
         self._free_count -= count

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheMismatch
-from ..formats import Format, Rows
+from ..formats import Rows
 from .pool import Pool
 
 TABLE_ENTRY = 4  # bytes of one page id in a page table
@@ -22,20 +22,12 @@ class Segment:
     """
 
     def __init__(self, pool: Pool, heads: int):
-        self.pool = pool
+        self.pool, self.format, self.unit = pool, pool.format, pool.format.unit
         self.table = torch.zeros((heads, 0), dtype=torch.int32)
         self.starts = torch.zeros(heads, dtype=torch.int64)
         self.lengths = torch.zeros(heads, dtype=torch.int64)
         self._device_pages: dict[tuple[int, int, int], Tensor] = {}
         self._span: tuple[int, int] | None = None  # start and length, where known to be the same for all heads
-
-    @property
-    def format(self) -> Format:
-        return self.pool.format
-
-    @property
-    def unit(self) -> int:
-        return self.format.unit
 
     @property
     def page_bytes(self) -> int:
@@ -129,20 +121,22 @@ class Segment:
 
         ``limit``: only so many tokens from the front (a multiple of the unit); ``names``: only these tensors.
         """
-        starts = self.starts[heads]
-        count, (first, longest) = starts.numel(), self.span(heads)
+        first, longest = self.span(heads)
         longest = longest if limit is None else min(longest, limit)
+        count = heads.stop - heads.start if isinstance(heads, slice) else heads.numel()
         if not longest:
             return {n: t.new_empty((count, 0, *t.shape[2:])) for n, t in self.pool.tensors.items()}
         units = longest // self.unit
-        reach = self._reach(heads) if limit is None else min(self._reach(heads), int(starts.max()) + longest)
+        reach = self._reach(heads)
+        if limit is not None:
+            reach = min(reach, int(self.starts[heads].max()) + longest)
         pages = self._pages(heads, reach)
         out = {}
         for name in names or self.pool.tensors:
             tensor = self.pool.tensors[name]
             read = tensor.index_select(0, pages).view(count, -1, *tensor.shape[2:])
             if first is None:
-                out[name] = _shifted(read, starts // self.unit, units)
+                out[name] = _shifted(read, self.starts[heads] // self.unit, units)
             else:
                 out[name] = read[:, first // self.unit : first // self.unit + units]
         return out
