@@ -228,8 +228,9 @@ class Store:
 
     def reserve_like(self, heads: slice, times: int) -> None:
         """Makes room for ``times`` as many pages as ``heads`` hold, so that growing layer by layer moves nothing."""
-        for segment in self.segments:
-            segment.pool.reserve(times * segment.pages_held(heads))
+        needed = _by_pool([(segment, times * segment.pages_held(heads)) for segment in self.segments])
+        for pool, count in needed.items():
+            pool.reserve(count)
 
     def open_token(self, columns: Mapping[str, Tensor]) -> None:
         """Makes room for one more entry in every head at once, with its ``columns`` ([heads] each); ``put_token`` then
@@ -342,10 +343,7 @@ class Store:
 
     def _require(self, needed: list[tuple[Segment, int]]) -> None:
         """Raises OutOfMemory unless all these pages can be had, so that no operation stops halfway."""
-        pages: dict[Pool, int] = {}
-        for segment, count in needed:
-            pages[segment.pool] = pages.get(segment.pool, 0) + count
-        self.arena.require(pages)
+        self.arena.require(_by_pool(needed))
 
     def _require_changes(self, heads: slice | Tensor) -> None:
         """``_require`` for operations that rewrite these heads."""
@@ -370,3 +368,11 @@ class Store:
         full = torch.zeros_like(mask)
         full[:, : units * unit] = whole.repeat_interleave(unit, 1)
         return full
+
+
+def _by_pool(needed: list[tuple[Segment, int]]) -> dict[Pool, int]:
+    """Pages that segments need, added up for the pools that several of them share."""
+    pages: dict[Pool, int] = {}
+    for segment, count in needed:
+        pages[segment.pool] = pages.get(segment.pool, 0) + count
+    return pages
