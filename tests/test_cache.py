@@ -5,9 +5,9 @@ import torch
 from transformers import DynamicCache
 
 import kvarn
-from conftest import TINY, make_tiny
 from drive import left_padded, logits_of
 from kvarn.errors import BudgetError, CacheMismatch, PromptTooLong, Unsupported
+from tiny_models import TINY, make_tiny
 
 PROMPT = torch.randint(1, 160, (1, 90), generator=torch.Generator().manual_seed(1))
 CONTINUATION = torch.randint(1, 160, (40,), generator=torch.Generator().manual_seed(2))

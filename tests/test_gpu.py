@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import kvarn
-from conftest import make_tiny
 from drive import left_padded, logits_of
 from methods.one_layer import OneLayer, random_tokens, split
 from test_cache import CONTINUATION, PROMPT, RECIPES
+from tiny_models import make_tiny
 
 pytestmark = pytest.mark.gpu
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from conftest import make_tiny
 from kvarn import models
 from kvarn.errors import ModelNotFound, Unsupported
+from tiny_models import make_tiny
 
 BYTES = [chr(c) for c in range(33, 127)] + ["Ġ", "Ċ"]  # printable ASCII, space and line end, as byte-level BPE spells
 MERGES = ["Ġ Ġ", "Ċ Ċ", "a b", "Ġ ab", "1 2"]

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import kvarn
-from conftest import TINY, make_tiny
 from kvarn.errors import BudgetError, RecipeError
 from kvarn.methods import METHODS, Method
 from kvarn.methods.full import Full
@@ -21,6 +20,7 @@ from kvarn.methods.snapkv import SnapKV
 from kvarn.methods.window import Window
 from kvarn.recipe import Recipe, check_budget, parse_bytes
 from kvarn.spec import LayerSpec, ModelSpec
+from tiny_models import TINY, make_tiny
 
 # -- text ---------------------------------------------------------------------------------------------------------
 

@@ -5,9 +5,9 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
-from conftest import TINY, WINDOW, make_tiny
 from kvarn.errors import Unsupported
 from kvarn.spec import LayerSpec, ModelSpec
+from tiny_models import TINY, WINDOW, make_tiny
 
 FULL = LayerSpec(query_heads=4, kv_heads=2, key_size=16, value_size=16, window=None)
 SLIDING = LayerSpec(query_heads=4, kv_heads=2, key_size=16, value_size=16, window=WINDOW)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import TINY, make_tiny
+from tiny_models import TINY, make_tiny
 
 PROMPT = torch.randint(2, 160, (2, 48), generator=torch.Generator().manual_seed(1))
 

@@ -26,11 +26,9 @@ class Answer:
     per_token: float | None
 
 
-def chat_turns(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], system: str | None = None
-) -> list[list[int]]:
-    """The tokens that each user turn adds to the cache: what the chat template writes from the end of the last answer
-    to the beginning of the next. Raises Unsupported where there is no template or it drops turns."""
+def chat_texts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], system: str | None = None) -> list[str]:
+    """The text that each user turn adds: what the chat template writes from the end of the last answer to the
+    beginning of the next. Raises Unsupported where there is no template or it drops turns."""
     if not tokenizer.chat_template:
         raise Unsupported("this model's tokenizer has no chat template; use a model that is tuned for chat")
     messages = [] if system is None else [{"role": "system", "content": system}]
@@ -40,6 +38,14 @@ def chat_turns(
     turns = text.split(_ANSWER)
     if len(turns) != len(questions):
         raise Unsupported("this model's chat template changes earlier answers, so turns cannot share a cache")
+    return turns
+
+
+def chat_turns(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], system: str | None = None
+) -> list[list[int]]:
+    """The tokens that each user turn adds to the cache; raises Unsupported as ``chat_texts`` does."""
+    turns = chat_texts(tokenizer, questions, system)
     return [tokenizer(turn, add_special_tokens=False).input_ids for turn in turns]
 
 
@@ -75,7 +81,7 @@ def answer(
     token = int(next_logits(model, cache, prompt).argmax())
     to_first_token = time.perf_counter() - start
     after_prompt()
-    ends, tokens = _end_tokens(model), []
+    ends, tokens = end_tokens(model), []
     start = time.perf_counter()
     while token not in ends:
         tokens.append(token)
@@ -89,7 +95,8 @@ def answer(
     return Answer(tokens, finished, [] if finished else tokens[-1:], to_first_token, per_token)
 
 
-def _end_tokens(model: PreTrainedModel) -> set[int]:
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """The tokens with which the model ends an answer."""
     config = model.generation_config
     ends = config.eos_token_id if config is not None else None
     return {end for end in (ends if isinstance(ends, list) else [ends]) if end is not None}

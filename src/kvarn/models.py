@@ -40,6 +40,8 @@ from kvarn.gguf_tokenizer import build_tokenizer, stop_tokens
 _CONVERSION = 2  # part of each cache key; raise it when the conversion writes something else than before
 _MANIFEST = "kvarn.json"
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -94,6 +96,14 @@ def load(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return _open(source, dtype, torch.device(device))
+
+
+def device_of(name: str) -> torch.device:
+    """The device called ``name`` ("cpu", "cuda:1"); raises Unsupported where it is not there."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise Unsupported(f"device {name!r}: {str(error).splitlines()[0]}") from error
 
 
 def available() -> list[ModelInfo]:

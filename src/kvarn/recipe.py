@@ -211,6 +211,18 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[(match[2] or "B").upper()])
 
 
+def parse_budget(text: str) -> Budget:
+    """``"512"`` is entries a head, ``"0.25"`` a share of the dense bytes, ``"64MiB"`` bytes. Raises BudgetError."""
+    if re.fullmatch(r"[+-]?\d+", text):
+        budget: Budget = int(text)
+    elif re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+)", text):
+        budget = float(text)
+    else:
+        budget = text
+    check_budget(budget)
+    return budget
+
+
 def check_budget(budget: Budget) -> None:
     """Raises BudgetError unless ``budget`` is a share above 0, a size, a number of entries above 0, or None."""
     if isinstance(budget, str):

@@ -6,9 +6,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import kvarn
-from conftest import make_tiny
 from kvarn.attention.interface import NAME, Mask, Pending, attention
 from kvarn.errors import CacheMismatch, Unsupported
+from tiny_models import make_tiny
 
 # Each with its own implementation: softcapping and sinks are beyond sdpa.
 OWN = {"llama": "sdpa", "mistral": "sdpa", "gemma3": "sdpa", "gemma2": "eager", "gpt_oss": "eager"}
