@@ -10,6 +10,7 @@ from kvarn import METHODS, cli
 from kvarn.errors import BudgetError
 from kvarn.generation import chat_turns
 from kvarn.models import load
+from kvarn.recipe import parse_budget
 from tiny_chat import POSITIONS, save_tiny_chat
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -47,7 +48,7 @@ def _error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     [("0.25", 0.25), (".5", 0.5), ("1.0", 1.0), ("1", 1), ("512", 512), ("64MiB", "64MiB"), ("1.5 GB", "1.5 GB")],
 )
 def test_budgets_keep_their_kind(text: str, budget: float | int | str) -> None:
-    parsed = cli.parse_budget(text)
+    parsed = parse_budget(text)
     assert parsed == budget
     assert type(parsed) is type(budget)
 
@@ -55,7 +56,7 @@ def test_budgets_keep_their_kind(text: str, budget: float | int | str) -> None:
 @pytest.mark.parametrize("text", ["0", "-3", "-0.5", "0.0", "64XiB", "lots", "", "nan", "inf", "1e3"])
 def test_bad_budgets_are_refused(text: str) -> None:
     with pytest.raises(BudgetError):
-        cli.parse_budget(text)
+        parse_budget(text)
 
 
 def test_run_prints_answers_report_and_times(tiny: str, book: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,15 +1,16 @@
-"""The command line: ``kvarn run``, ``kvarn methods``, ``kvarn models``, ``kvarn demo``."""
+"""The command line: ``kvarn run``, ``methods``, ``models``, ``demo``, ``bench``, ``report``."""
 
 import argparse
 import difflib
+import importlib
 import inspect
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,16 +19,15 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
 from . import demo
+from .bench.options import add_bench, add_report
 from .cache import Cache
 from .errors import KvarnError, PromptTooLong, RecipeError, Unsupported
 from .generation import Answer, answer, chat_turns, require_room
 from .methods import METHODS, Method
 from .methods.base import default_of
-from .models import available, load
-from .recipe import Budget, Recipe, check_budget
+from .models import DTYPES, available, device_of, load
+from .recipe import Budget, Recipe, parse_budget
 from .tables import Table, console
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,25 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_budget(text: str) -> Budget:
-    """``"512"`` is entries a head, ``"0.25"`` a share of the dense bytes, ``"64MiB"`` bytes. Raises BudgetError."""
-    if re.fullmatch(r"[+-]?\d+", text):
-        budget: Budget = int(text)
-    elif re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+)", text):
-        budget = float(text)
-    else:
-        budget = text
-    check_budget(budget)
-    return budget
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvarn", description="Manages the KV cache of transformers language models.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     run = commands.add_parser("run", help="ask a model about a text, with a recipe for its cache")
     run.set_defaults(command=_run)
-    run.add_argument("--model", default="smollm2", help="built-in name, GGUF file, folder or hub id (%(default)s)")
+    _add_model(run)
     run.add_argument(
         "--recipe", default="full", help='methods joined by +, as in "snapkv + kivi(bits=4)" (%(default)s)'
     )
@@ -74,8 +62,6 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--ask", action="append", required=True, metavar="QUESTION", help="again for a further turn")
     run.add_argument("--system", help="the system message")
     run.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="of each answer (%(default)s)")
-    run.add_argument("--dtype", choices=_DTYPES, default="float32")
-    run.add_argument("--device", help="cpu, cuda, cuda:1 … (cuda where there is one)")
     _add_json(run)
 
     methods = commands.add_parser("methods", help="what a recipe can be made of")
@@ -92,7 +78,22 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--fact-depth", type=_share, default=0.4, metavar="SHARE", help="0 to 1 (%(default)s)")
     show.add_argument("--tokens", type=_positive, default=6000, metavar="N", help="of text (%(default)s)")
     _add_formats(show)
+
+    bench = commands.add_parser("bench", help="measure what recipes cost in quality, memory and time")
+    bench.set_defaults(command=_bench)
+    _add_model(bench)
+    add_bench(bench)
+
+    report = commands.add_parser("report", help="one page about one or several folders of results")
+    report.set_defaults(command=_report)
+    add_report(report)
     return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="smollm2", help="built-in name, GGUF file, folder or hub id (%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (cuda where there is one)")
 
 
 def _add_json(parser: Any) -> None:
@@ -129,8 +130,8 @@ def _run(options: argparse.Namespace) -> None:
     recipe = Recipe.parse(options.recipe)
     budget = None if options.budget is None else parse_budget(options.budget)
     text = None if options.file is None else _read(options.file)
-    device = None if options.device is None else _device(options.device)
-    model, tokenizer = load(options.model, dtype=_DTYPES[options.dtype], device=device)
+    device = None if options.device is None else device_of(options.device)
+    model, tokenizer = load(options.model, dtype=DTYPES[options.dtype], device=device)
     cache = Cache(model, recipe, budget)
     questions = list(options.ask)
     if text is not None:
@@ -223,13 +224,6 @@ def _read(path: str) -> str:
         raise KvarnError(f"{path}: not a text in UTF-8") from error
 
 
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise Unsupported(f"device {name!r}: {str(error).splitlines()[0]}") from error
-
-
 # methods
 
 
@@ -315,6 +309,25 @@ def _demo(options: argparse.Namespace) -> None:
         console().print(Text(str(outcome.task)))
         outcome.table().show()
         console().print(Text(outcome.conditions))
+
+
+# bench
+
+
+def _bench(options: argparse.Namespace) -> None:
+    _bench_commands().bench(options)
+
+
+def _report(options: argparse.Namespace) -> None:
+    _bench_commands().report(options)
+
+
+def _bench_commands() -> ModuleType:
+    """Imported when it is needed: it takes seconds, and packages that the other commands do without."""
+    try:
+        return importlib.import_module("kvarn.bench.command")
+    except ModuleNotFoundError as error:
+        raise Unsupported(f"the bench needs the package {error.name}: pip install 'kvarn[bench]'") from error
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The bench: what each recipe costs in quality, memory and time, measured the same way. Nothing imports it."""
