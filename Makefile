@@ -1,12 +1,15 @@
 # make demo    set everything up on a fresh machine and run the demonstration
 # make test    set up, lint, and run all tests with coverage
+# make peers   build the environment in which the bench runs kvpress (1.4 GB)
 PYTHON ?= python3
 VENV ?= .venv
+PEERS ?= .peers
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-input
+INSTALL := -m pip --disable-pip-version-check install --quiet --no-input
+PIP := $(BIN)/python $(INSTALL)
 
-.PHONY: demo setup lint test test-gpu clean
+.PHONY: demo setup lint test test-gpu peers clean
 
 demo: setup
 	@$(BIN)/kvarn demo
@@ -37,6 +40,14 @@ test: lint
 test-gpu:
 	@PYTHONPATH=src $(PYTHON) -m pytest -q -m gpu
 
+peers: $(PEERS)/.setup-done
+
+$(PEERS)/.setup-done: peers-constraints.txt
+	@echo "peers: installing kvpress and its own transformers into $(PEERS) (a few minutes)"
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python $(INSTALL) -c peers-constraints.txt kvpress
+	@touch $@
+
 clean:
-	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	@rm -rf $(VENV) $(PEERS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,6 +21,7 @@ import transformers
 from transformers import DynamicCache
 
 import kvarn
+from kvarn.bench.machine import processor
 
 RECIPES = [
     ("full", None),
@@ -61,7 +62,7 @@ def main() -> None:
     rows = {name: _row(name, report, first, steps, model.dtype) for name, report in after_prompt.items()}
     result = {
         "command": "python benchmarks/library.py " + " ".join(sys.argv[1:]),
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "python": platform.python_version()},
+        "machine": {"processor": processor(), "threads": torch.get_num_threads(), "python": platform.python_version()},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "tokens": ids.shape[1],
         "steps": options.steps,
@@ -109,11 +110,6 @@ def _row(name, report, first, steps, dtype):
         "peak_of_dense": round(report.peak_bytes / report.dense_bytes, 4),
         "entries_a_head": report.entries[0][0][0],
     }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def _options() -> argparse.Namespace:
