@@ -37,7 +37,7 @@ def test_examples(length: int, materials: Materials) -> None:
 
 
 def test_examples_stay_what_they_were(materials: Materials) -> None:
-    assert digest(GSM8K.example(materials, 2048, 0, 0)) == "4623cd460ba61740"
+    assert digest(GSM8K.example(materials, 2048, 0, 0)) == "8dbb51cb5d5ac549"
 
 
 def test_other_problems_stand_before_the_one_that_is_asked(materials: Materials) -> None:

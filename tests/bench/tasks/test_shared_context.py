@@ -16,7 +16,7 @@ from kvarn.errors import KvarnError, Unsupported
 from task_checks import check_examples, digest
 
 NAMES = ("shared_kv", "shared_prefix_suffix", "shared_vt", "shared_mf")
-DIGESTS = ("39ba6267f4a091eb", "d184e2834554c537", "02409b09a0ee256b", "a4ee9df9437beff3")
+DIGESTS = ("39ba6267f4a091eb", "d184e2834554c537", "89ed9cbb01fde446", "a4ee9df9437beff3")
 PROSE = " ".join(f"Sentence number {i} says nothing of interest." for i in range(300))
 
 
