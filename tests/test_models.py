@@ -246,7 +246,7 @@ def test_two_processes_convert_once(cache, tiny_gguf):
     processes = [spawn.Process(target=_load_and_report, args=(tiny_gguf, start, results)) for _ in range(2)]
     for process in processes:
         process.start()
-    reports = [results.get(timeout=120) for _ in processes]
+    reports = [results.get(timeout=300) for _ in processes]
     for process in processes:
         process.join()
     assert sorted(conversions for conversions, _ in reports) == [0, 1]
