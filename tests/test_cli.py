@@ -234,7 +234,7 @@ def test_methods_tells_all_about_one(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_methods_suggests_near_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean snapkv" in _error(capsys, "methods", "snapk")
-    assert "there are full" in _error(capsys, "methods", "xyzzy")
+    assert f"there are {', '.join(METHODS)}" in _error(capsys, "methods", "xyzzy")
 
 
 def test_the_page_of_methods_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """The cache that a user hands to ``model.generate(past_key_values=…)``."""
 
 import sys
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +15,7 @@ from .errors import CacheMismatch, PromptTooLong, Unsupported
 from .group import Fresh, LayerGroup, Step
 from .memory import Arena
 from .methods import Method
+from .prefill import Carried
 from .recipe import Budget, Plan, Recipe, check_budget
 from .report import Report
 from .spec import LayerSpec, ModelSpec
@@ -48,6 +50,8 @@ class Cache(TransformersCache):
         _refuse_idle(self.recipe, self.spec)
         for layer in set(self.spec.layers):
             self.recipe.layout(layer, self.spec.dtype, page_size)
+        self._propagation = self.recipe.propagation
+        self._later_layers = self._propagation.later_layers(model, self.spec) if self._propagation else []
         _use_kvarn(model)
         self._config = model.config.get_text_config(decoder=True)
         self.plan: Plan | None = None
@@ -87,7 +91,9 @@ class Cache(TransformersCache):
         out = group.token(layer, fresh) if self._decoding else group.prompt(layer, fresh)
         self._next_layer += 1
         if self._next_layer == len(self.spec.layers):
-            self._end(step, keys.shape[2])
+            self._end()
+        elif self._propagation and layer == self._last_whole_layer and not bool(step.before.any()):
+            self._carry(group.chosen(layer, fresh, self._propagation))
         return out
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -130,6 +136,7 @@ class Cache(TransformersCache):
         """Frees everything; the cache can be used again from the start."""
         for group in self._groups:
             group.store.free(group.everyone)
+        self._carry_all()
         self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -193,6 +200,7 @@ class Cache(TransformersCache):
         self._seen = torch.zeros(0, dtype=torch.int64)
         self._logical = 0
         self._step: Step | None = None
+        self._carried: Carried | None = None
         self._decoding = False
         self._next_layer = 0
 
@@ -225,18 +233,40 @@ class Cache(TransformersCache):
             for group in self._groups:
                 group.capacity = torch.tensor(plan.entries)
         self.plan, self._step, self._decoding, self._next_layer = plan, step, decoding, 0
+        self._tokens = tokens
 
     def _resolve(self, step: Step) -> Plan:
         return self.recipe.resolve(self.spec, self.budget, step.after.tolist(), self.page_size)
 
-    def _end(self, step: Step, tokens: int) -> None:
+    @property
+    def _last_whole_layer(self) -> int:
+        return len(self.spec.layers) - len(self._later_layers) - 1
+
+    def _carry(self, chosen: Tensor) -> None:
+        """Narrows the pass to the tokens that go on (bool [B, q])."""
+        assert self._step is not None
+        if bool(chosen.all()):
+            return
+        carried = self._carried = Carried(chosen, self, self._later_layers)
+        positions = carried.narrowed(self._step.positions.expand_as(chosen)).masked_fill(~carried.real, -1)
+        padded = not bool(carried.real.all())
+        self._step = replace(self._step, positions=positions, padded=padded, carried=carried.counts)
+
+    def _carry_all(self) -> None:
+        if self._carried:
+            self._carried.remove()
+            self._carried = None
+
+    def _end(self) -> None:
+        assert self._step is not None
+        self._carry_all()
         for group in self._groups:
             if self._decoding:
-                group.end_token(step)
+                group.end_token(self._step)
             else:
                 group.end_prompt()
-        self._seen = step.after
-        self._logical += tokens
+        self._seen = self._step.after
+        self._logical += self._tokens
         self._step, self._next_layer = None, 0
 
     def _new_groups(self, batch: int, device: torch.device) -> list[LayerGroup]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .attention import Part, Variant, attend, attend_with_mass
 from .memory import Arena, Store, StoreLayout
+from .prefill import Propagation
 from .reduction import Eviction
 from .scoring import PromptView
 from .spec import LayerSpec
@@ -21,17 +22,20 @@ class Step:
     """The tokens of one forward pass.
 
     ``positions`` (int64 [B, q], on the device) counts each sequence's real tokens from 0, -1 marks padding; ``before``
-    and ``after`` (int64 [B], on the host) are the tokens of each sequence before and after the pass.
+    and ``after`` (int64 [B], on the host) are the tokens of each sequence before and after the pass. ``carried`` (int64
+    [B], on the host): how many of the new ones a layer is given, where not all of them.
     """
 
     positions: Tensor
     before: Tensor
     after: Tensor
     padded: bool
+    carried: Tensor | None = None
 
     @property
     def counts(self) -> Tensor:
-        return self.after - self.before
+        """Tokens of each sequence that a layer is given, int64 [B] on the host."""
+        return self.after - self.before if self.carried is None else self.carried
 
 
 @dataclass(slots=True)
@@ -106,6 +110,10 @@ class LayerGroup:
             self.store.reserve_like(heads, len(self.numbers) - 1)
         return out
 
+    def chosen(self, number: int, fresh: Fresh, propagation: Propagation) -> Tensor:
+        """The tokens of a first prompt that go on beyond layer ``number``, bool [B, q]."""
+        return propagation.chosen(self._view(None, self.heads(number), None, fresh), fresh.step.counts)
+
     def end_prompt(self) -> None:
         """After the last layer."""
         self.store.note_spans()
@@ -178,7 +186,7 @@ class LayerGroup:
             counts = keep[..., old:].sum(-1).cpu()
         self._append(heads, fresh, keep[..., old:], counts, scores[..., old:] if accumulates else None)
 
-    def _view(self, eviction: Eviction, heads: slice, stored: Part | None, fresh: Fresh) -> PromptView:
+    def _view(self, eviction: Eviction | None, heads: slice, stored: Part | None, fresh: Fresh) -> PromptView:
         step = fresh.step
         positions = step.positions[:, None].expand(-1, self.layer.kv_heads, -1)
         mass = None
@@ -186,7 +194,7 @@ class LayerGroup:
             old = self.store.read_column(heads, "position").long().view(self.batch, self.layer.kv_heads, -1)
             old = old.masked_fill(~self._held(heads), -1)
             positions = torch.cat([old, positions], -1)
-            if eviction.score.accumulates:
+            if eviction is not None and eviction.score.accumulates:
                 mass = self.store.read_column(heads, "mass").view_as(old).masked_fill(old < 0, 0)
 
         def masked_parts(query_positions: Tensor) -> tuple[Part, ...]:

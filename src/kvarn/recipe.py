@@ -16,13 +16,18 @@ from .formats import Columns, Dense
 from .memory import SideLayout, StoreLayout
 from .methods import METHODS, Method
 from .methods.base import default_of
+from .prefill import Propagation
 from .reduction import Eviction
 from .spec import LayerSpec, ModelSpec
 
 Budget = float | int | str | None
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_DECISIONS = {"keep": "what to keep", "encode": "in which format"}
+_DECISIONS = {
+    "keep": "what to keep",
+    "encode": "in which format",
+    "carry": "which tokens go on to later layers",
+}
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,11 @@ class Recipe:
         if eviction is None or layer.window is not None or eviction.interval is not None:
             return eviction if layer.window is None else None
         return replace(eviction, interval=max(side.format.unit for side in self._sides(layer, dtype)))
+
+    @property
+    def propagation(self) -> Propagation | None:
+        """Which tokens of a first prompt go on beyond some layer; None: all."""
+        return next((p for m in self.methods if (p := m.propagation())), None)
 
     def layout(self, layer: LayerSpec, dtype: torch.dtype, page_size: int) -> StoreLayout:
         """How the entries of ``layer`` are kept."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..memory import SideLayout
+from ..prefill import Propagation
 from ..reduction import Eviction
 from ..spec import LayerSpec
 
@@ -18,7 +19,8 @@ class Method:
     """One published system. Its dataclass fields are its parameters, with the paper's defaults.
 
     A method answers for the decisions it makes and leaves the others alone: ``eviction`` what to keep, ``encoding`` in
-    which format. Methods that leave each other's decisions alone combine with ``+``.
+    which format, ``propagation`` which tokens of a prompt go through all layers. Methods that leave each other's
+    decisions alone combine with ``+``.
     """
 
     name: ClassVar[str]
@@ -35,6 +37,10 @@ class Method:
         """How keys and values of a layer are kept; None: dense."""
         return None
 
+    def propagation(self) -> Propagation | None:
+        """Which tokens of a first prompt go on beyond some layer; None: all."""
+        return None
+
     def decides(self) -> set[str]:
         """The decisions this method makes."""
         made = set()
@@ -42,6 +48,8 @@ class Method:
             made.add("keep")
         if type(self).encoding is not Method.encoding:
             made.add("encode")
+        if type(self).propagation is not Method.propagation:
+            made.add("carry")
         return made
 
     def __add__(self, other: "Method | Recipe") -> "Recipe":
