@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention import Part, Variant, attend, attend_with_mass
+from .attention import Paid, Part, Variant, attend, attend_observed
 from .memory import Arena, Store, StoreLayout
 from .prefill import Propagation
 from .reduction import Eviction
-from .scoring import PromptView
+from .scoring import Observation, ObservingScore, PromptView
 from .spec import LayerSpec
 
 
@@ -65,6 +65,8 @@ class LayerGroup:
         self.rows = batch * layer.kv_heads  # heads of one layer
         self.store = Store(layout, arena, len(numbers) * self.rows)
         self.capacity = torch.zeros(batch, dtype=torch.int64)  # entries a head may hold, where the recipe evicts
+        self.prompted = torch.zeros(batch, dtype=torch.int64)  # tokens of each sequence up to its last prompt's end
+        self._decoded: Tensor  # tokens of each sequence since then, int64 [B] on the device, in a decoding step
         self._first = {number: place * self.rows for place, number in enumerate(numbers)}
         self._even = False  # whether all heads hold equally many entries
 
@@ -88,7 +90,7 @@ class LayerGroup:
         within = (sequences[:, None] * kv_heads + torch.arange(kv_heads)).flatten()
         heads = (torch.arange(len(self.numbers))[:, None] * self.rows + within).flatten()
         group.store.share(group.everyone, self.store, heads)
-        group.capacity = self.capacity[sequences]
+        group.capacity, group.prompted = self.capacity[sequences], self.prompted[sequences]
         return group
 
     # -- prompts ------------------------------------------------------------------------------------------------
@@ -98,10 +100,11 @@ class LayerGroup:
         heads = self.heads(number)
         stored = self._part(heads, None) if int(self.store.lengths[heads].max()) else None
         out = attend(fresh.query, self._exact_parts(heads, stored, fresh), fresh.variant)
+        self.prompted = fresh.step.after
         in_hand = [fresh.keys, fresh.values, *([stored.keys, stored.values] if stored else [])]
         self.arena.note_peak(sum(tensor.nbytes for tensor in in_hand))
         if self.eviction is not None:
-            self._store_best(self.eviction, heads, stored, fresh)
+            self._store_best(self.eviction, number, stored, fresh)
         elif self.layer.window is not None:
             self._store_window(self.layer.window, heads, fresh)
         else:
@@ -124,9 +127,11 @@ class LayerGroup:
         """Before the first layer: makes room for one token in every head."""
         columns = {}
         if self.eviction is not None:
-            columns["position"] = self._per_head(step.before).to(self.arena.device, torch.int32)
-            if self.eviction.score.accumulates:
-                columns["mass"] = torch.zeros_like(columns["position"], dtype=torch.float32)
+            positions = self._per_head(step.before).to(self.arena.device)
+            columns["position"] = positions.int()
+            if observer := self.eviction.observes:
+                columns |= observer.fresh(positions)
+                self._decoded = (step.after - self.prompted).to(self.arena.device)
         self.store.open_token(columns)
         lengths = self.store.lengths
         self._even = bool((lengths == lengths[0]).all())
@@ -136,10 +141,10 @@ class LayerGroup:
         heads = self.heads(number)
         self.store.put_token(heads, fresh.keys.flatten(0, 2), fresh.values.flatten(0, 2))
         part = self._part(heads, None if self._even else self._held(heads)[:, :, None])
-        if self.eviction is None or not self.eviction.score.accumulates:
+        if self.eviction is None or self.eviction.observes is None:
             return attend(fresh.query, [part], fresh.variant)
-        out, (mass,) = attend_with_mass(fresh.query, [part], fresh.variant)
-        self.store.add_to_column(heads, "mass", mass.mean(2).flatten(0, 1))
+        out, paid = attend_observed(fresh.query, [part], fresh.variant)
+        self._observe(self.eviction.observes, number, paid, fresh.step)
         return out
 
     def end_token(self, step: Step) -> None:
@@ -164,38 +169,45 @@ class LayerGroup:
         victims = eviction.victims(self.store.columns.read(heads), *(t[heads].to(device) for t in state))
         self.store.drop(heads, victims)
 
+    def _observe(self, observer: ObservingScore, number: int, paid: Paid, step: Step) -> None:
+        """Brings the columns of a layer up to date with a decoding step's attention."""
+        heads = self.heads(number)
+        observation = Observation(paid, step.positions, self._decoded, number)
+        columns = observer.observe(observation, self._columns(heads))
+        self.store.set_columns(heads, {name: column.flatten(0, 1) for name, column in columns.items()})
+
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _store_best(self, eviction: Eviction, heads: slice, stored: Part | None, fresh: Fresh) -> None:
+    def _store_best(self, eviction: Eviction, number: int, stored: Part | None, fresh: Fresh) -> None:
         """Keeps the best of what is stored and what is new, by the recipe's score."""
-        accumulates, step = eviction.score.accumulates, fresh.step
+        heads, observer, step = self.heads(number), eviction.observes, fresh.step
         held = self.store.lengths[heads].view(self.batch, -1)
-        if not accumulates and bool((held + step.counts[:, None] <= self.capacity[:, None]).all()):
+        if observer is None and bool((held + step.counts[:, None] <= self.capacity[:, None]).all()):
             self._append_all(heads, fresh)
             return
-        view = self._view(eviction, heads, stored, fresh)
+        view = self._view(observer, heads, stored, fresh)
+        if observer is not None:
+            view = observer.after_prompt(view, number)
         capacity = self.capacity[:, None].expand(-1, self.layer.kv_heads).to(fresh.query.device)
-        keep, scores = eviction.keep(view, capacity)
+        keep = eviction.keep(view, capacity)
+        columns = {name: view.columns[name] for name in observer.columns} if observer else {}
         old = 0 if stored is None else stored.keys.shape[2]
         counts = torch.minimum(self.capacity, step.counts)[:, None]
         if stored is not None:
-            if view.mass is not None:
-                gained = torch.where(view.valid[..., :old], scores[..., :old] - view.mass, 0)
-                self.store.add_to_column(heads, "mass", gained.flatten(0, 1))
+            if columns:
+                self.store.set_columns(heads, {name: c[:, :, :old].flatten(0, 1) for name, c in columns.items()})
             self.store.keep(heads, keep[..., :old].flatten(0, 1))
             counts = keep[..., old:].sum(-1).cpu()
-        self._append(heads, fresh, keep[..., old:], counts, scores[..., old:] if accumulates else None)
+        self._append(heads, fresh, keep[..., old:], counts, {name: c[:, :, old:] for name, c in columns.items()})
 
-    def _view(self, eviction: Eviction | None, heads: slice, stored: Part | None, fresh: Fresh) -> PromptView:
+    def _view(self, observer: ObservingScore | None, heads: slice, stored: Part | None, fresh: Fresh) -> PromptView:
+        """What a score sees; columns are those of ``observer`` before the prompt's queries."""
         step = fresh.step
         positions = step.positions[:, None].expand(-1, self.layer.kv_heads, -1)
-        mass = None
+        columns = {"position": positions, **(observer.fresh(positions) if observer else {})}
         if stored is not None:
-            old = self.store.read_column(heads, "position").long().view(self.batch, self.layer.kv_heads, -1)
-            old = old.masked_fill(~self._held(heads), -1)
-            positions = torch.cat([old, positions], -1)
-            if eviction is not None and eviction.score.accumulates:
-                mass = self.store.read_column(heads, "mass").view_as(old).masked_fill(old < 0, 0)
+            old = self._columns(heads)
+            columns = {name: torch.cat([old[name], column], 2) for name, column in columns.items()}
 
         def masked_parts(query_positions: Tensor) -> tuple[Part, ...]:
             new = Part(fresh.keys, fresh.values, self._visible(query_positions, step.positions[:, None]))
@@ -207,7 +219,17 @@ class LayerGroup:
         masked = step.padded or stored is not None
         parts = masked_parts(step.positions) if masked else (Part(fresh.keys, fresh.values, causal=True),)
         seen = step.after.to(fresh.query.device)
-        return PromptView(fresh.query, step.positions, parts, fresh.variant, positions, seen, mass, masked_parts)
+        positions = columns["position"]
+        return PromptView(fresh.query, step.positions, parts, fresh.variant, positions, seen, columns, masked_parts)
+
+    def _columns(self, heads: slice) -> dict[str, Tensor]:
+        """The columns of a layer, [B, K, n, …] each; positions are int64, -1 beyond a head's length."""
+        columns = {n: c.unflatten(0, (self.batch, -1)) for n, c in self.store.read_columns(heads).items()}
+        position = columns["position"].long()
+        lengths = self.store.lengths[heads]
+        if not bool((lengths == lengths[0]).all()):
+            position = position.masked_fill(~self._held(heads), -1)
+        return columns | {"position": position}
 
     def _exact_parts(self, heads: slice, stored: Part | None, fresh: Fresh) -> list[Part]:
         """What the new tokens may read: stored entries, and new ones up to themselves."""
@@ -246,7 +268,9 @@ class LayerGroup:
     def _append_all(self, heads: slice, fresh: Fresh) -> None:
         self._append(heads, fresh, fresh.step.positions[:, None] >= 0, fresh.step.counts[:, None])
 
-    def _append(self, heads: slice, fresh: Fresh, keep: Tensor, counts: Tensor, mass: Tensor | None = None) -> None:
+    def _append(
+        self, heads: slice, fresh: Fresh, keep: Tensor, counts: Tensor, columns: dict[str, Tensor] | None = None
+    ) -> None:
         """Appends the new tokens where ``keep`` (bool [B, K or 1, q]), ``counts`` ([B, K or 1], host) of each head."""
         counts = counts.expand(-1, self.layer.kv_heads).flatten()
         longest = int(counts.max())
@@ -254,12 +278,12 @@ class LayerGroup:
             return
         keys, values = fresh.keys, fresh.values
         position = fresh.step.positions.to(torch.int32)[:, None].expand(-1, self.layer.kv_heads, -1)
-        columns = {"position": position, **({} if mass is None else {"mass": mass})}
+        columns = {"position": position, **(columns or {})}
         if longest < keys.shape[2] or fresh.step.padded:
             index = (~keep).byte().argsort(dim=-1, stable=True)[..., :longest].expand(-1, self.layer.kv_heads, -1)
             keys = keys.gather(2, index[..., None].expand(-1, -1, -1, keys.shape[3]))
             values = values.gather(2, index[..., None].expand(-1, -1, -1, values.shape[3]))
-            columns = {name: column.gather(2, index) for name, column in columns.items()}
+            columns = {name: _gathered(column, index) for name, column in columns.items()}
         rows = {name: column.flatten(0, 1) for name, column in columns.items()}
         self.store.append(heads, keys.flatten(0, 1), values.flatten(0, 1), rows, counts)
 
@@ -276,3 +300,9 @@ class LayerGroup:
     def _per_head(self, per_sequence: Tensor) -> Tensor:
         """[B] -> [heads of the store]."""
         return per_sequence.repeat_interleave(self.layer.kv_heads).repeat(len(self.numbers))
+
+
+def _gathered(column: Tensor, index: Tensor) -> Tensor:
+    """[B, K, n, …] at index [B, K, m] -> [B, K, m, …]."""
+    trailing = column.shape[3:]
+    return column.gather(2, index.view(*index.shape, *[1] * len(trailing)).expand(*index.shape, *trailing))

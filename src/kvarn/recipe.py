@@ -91,12 +91,8 @@ class Recipe:
     def layout(self, layer: LayerSpec, dtype: torch.dtype, page_size: int) -> StoreLayout:
         """How the entries of ``layer`` are kept."""
         keys, values = self._sides(layer, dtype)
-        columns: dict[str, torch.dtype] = {}
-        if eviction := self.eviction(layer, dtype):
-            columns["position"] = torch.int32
-            if eviction.score.accumulates:
-                columns["mass"] = torch.float32
-        return StoreLayout(keys, values, Columns(columns) if columns else None, page_size)
+        eviction = self.eviction(layer, dtype)
+        return StoreLayout(keys, values, Columns(eviction.columns) if eviction else None, page_size)
 
     def resolve(self, spec: ModelSpec, budget: Budget, lengths: list[int], page_size: int = 16) -> "Plan":
         """The plan for sequences of ``lengths`` tokens under ``budget``; raises BudgetError, naming the least.

@@ -204,6 +204,7 @@ def test_columns_are_scalars_by_name() -> None:
     fmt = Columns({"position": torch.int32, "mass": torch.float32, "hits": torch.int64})
     assert fmt.unit_bytes == 4 + 4 + 8
     assert all(shape == () for shape, _ in fmt.layout.values())
+    assert Columns({"flags": ((5,), torch.uint8), "position": torch.int32}).unit_bytes == 5 + 4
     with pytest.raises(TypeError, match="append rows"):
         fmt.encode(torch.zeros(1, 1))
     with pytest.raises(TypeError, match="by name"):

@@ -284,19 +284,19 @@ def test_dropping_any_entries(popped: int) -> None:
             assert torch.equal(contents.keys[head], keys[head, torch.tensor(contents.positions[head]).long()])
 
 
-def test_heads_that_start_elsewhere_are_read_and_added_to() -> None:
+def test_heads_that_start_elsewhere_are_read_and_set() -> None:
     store = make_store("dense")
     keys, values = fill(store, ALL, [17, 9, 11])
     popped = [6, 3, 11]
     store.pop_front(ALL, torch.tensor(popped))
-    amount = torch.rand(3, 11) * (torch.arange(11) < store.lengths[:, None])
-    store.add_to_column(ALL, "mass", amount)
+    mass = torch.rand(3, 11)
+    store.set_columns(ALL, {"mass": mass})
     contents = Contents.of(store)
     for head, (first, last) in enumerate(zip(popped, [17, 9, 11], strict=True)):
         assert torch.equal(contents.keys[head], keys[head, first:last])
         assert torch.equal(contents.values[head], values[head, first:last])
         assert contents.positions[head] == list(range(first, last))
-        assert contents.masses[head] == amount[head, : last - first].tolist()
+        assert contents.masses[head] == mass[head, : last - first].tolist()
 
 
 def test_columns_are_optional() -> None:
@@ -338,7 +338,7 @@ def writes(store: Store) -> dict[str, Callable[[], None]]:
         "settle": lambda: store.settle(ALL),
         "keep": lambda: store.keep(one, some),
         "drop": lambda: store.drop(one, torch.tensor([[1, 4]])),
-        "add_to_column": lambda: store.add_to_column(one, "mass", torch.ones(1, length)),
+        "set_columns": lambda: store.set_columns(one, {"mass": torch.ones(1, length)}),
         "replace": lambda: store.replace(one, torch.tensor([[0, 3]]), keys, values),
         "free": lambda: store.free(one),
     }
@@ -347,7 +347,7 @@ def writes(store: Store) -> dict[str, Callable[[], None]]:
     return operations
 
 
-OPERATIONS = ["append", "token", "keep", "drop", "add_to_column", "replace", "free"]
+OPERATIONS = ["append", "token", "keep", "drop", "set_columns", "replace", "free"]
 WRITES = [(kind, operation) for kind in LAYOUTS for operation in OPERATIONS]
 WRITES += [("dense", "pop_front"), ("uneven", "pop_front")]  # only dense stores pop
 
@@ -472,7 +472,7 @@ def limited(kind: str, operation: str, shared: bool) -> None:
 def ceiling_cases() -> Iterator[tuple[str, str, bool]]:
     for kind in ("dense", "kivi"):
         for shared in (False, True):
-            for operation in ["append", "open_token", "settle", "keep", "drop", "add_to_column", "replace"]:
+            for operation in ["append", "open_token", "settle", "keep", "drop", "set_columns", "replace"]:
                 if (kind, operation) == ("dense", "settle"):
                     continue
                 yield kind, operation, shared

@@ -151,15 +151,14 @@ class Driven(RuleBasedStateMachine):
         self.touch([(which, head) for head in ids])
 
     @rule(which=which_store, heads=some_heads, seed=seeds)
-    def add_to_column(self, which: int, heads: slice | Tensor, seed: int) -> None:
+    def set_columns(self, which: int, heads: slice | Tensor, seed: int) -> None:
         store, ids = self.stores[which], numbers(heads)
         lengths = store.lengths[heads]
-        amount = torch.rand(len(ids), int(lengths.max()), generator=torch.Generator().manual_seed(seed))
-        amount *= torch.arange(amount.shape[1]) < lengths[:, None]
-        store.add_to_column(heads, "mass", amount)
+        mass = torch.rand(len(ids), int(lengths.max()), generator=torch.Generator().manual_seed(seed))
+        store.set_columns(heads, {"mass": mass})
         for row, head in enumerate(ids):
-            for entry, gained in zip(self.model[which][head], amount[row].tolist(), strict=False):
-                entry.mass += gained
+            for entry, new in zip(self.model[which][head], mass[row].tolist(), strict=False):
+                entry.mass = new
         self.touch([(which, head) for head in ids])
 
     @rule(which=which_store, heads=some_heads, count=st.integers(1, 3), seed=seeds)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 # Queries that the explicit path takes at once: bounds its logits to QUERY_BLOCK x n numbers a query head.
 QUERY_BLOCK = 64
@@ -67,24 +67,57 @@ def attend_with_mass(query: Tensor, parts: Sequence[Part], variant: Variant) -> 
     """``attend`` by the explicit path, and the mass of ``mass_received``."""
     outputs, masses = [], _no_mass(query, parts)
     for block, rows in _blocks(query, parts):
-        weighed = [weights(block, part, variant) for part in rows]
-        shares = merge(block, weighed, variant)
-        partials = [
-            share * _by_kv_head(w.weights, part.values.float())
-            for share, w, part in zip(shares, weighed, rows, strict=True)
-        ]
-        outputs.append(torch.stack(partials).sum(0))
-        _receive(masses, shares, weighed)
+        out, paid = _attend_block(block, rows, parts, variant)
+        outputs.append(out)
+        _receive(masses, paid)
     return torch.cat(outputs, 3).flatten(1, 2).to(query.dtype), masses
+
+
+def attend_observed(query: Tensor, parts: Sequence[Part], variant: Variant) -> tuple[Tensor, "Paid"]:
+    """``attend`` for at most QUERY_BLOCK queries by the explicit path, and what they paid to each entry."""
+    ((block, rows),) = _blocks(query, parts)
+    out, paid = _attend_block(block, rows, parts, variant)
+    return out.flatten(1, 2).to(query.dtype), paid
 
 
 def mass_received(query: Tensor, parts: Sequence[Part], variant: Variant) -> list[Tensor]:
     """The probability mass that each entry received from all queries together: for each part [B, K, G, n] in fp32."""
     masses = _no_mass(query, parts)
-    for block, rows in _blocks(query, parts):
-        weighed = [weights(block, part, variant) for part in rows]
-        _receive(masses, merge(block, weighed, variant), weighed)
+    for paid in observed(query, parts, variant):
+        _receive(masses, paid)
     return masses
+
+
+def observed(query: Tensor, parts: Sequence[Part], variant: Variant) -> Iterator["Paid"]:
+    """What queries pay to each entry, in blocks of QUERY_BLOCK queries, in order."""
+    for block, rows in _blocks(query, parts):
+        yield _pay(block, rows, parts, variant)
+
+
+@dataclass(slots=True)
+class Paid:
+    """The attention of q queries to the n entries of all parts together, in fp32.
+
+    Of each part: ``weights`` ([B, K, G, q, up to its size]; what is missing at the end is zero), what they count among
+    all parts and sinks (``shares``, [B, K, G, q, 1]) and its ``sizes`` in entries.
+    """
+
+    weights: list[Tensor]
+    shares: list[Tensor]
+    sizes: list[int]
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Of each query, [B, K, G, q, n]; 0 where it may not read."""
+        rows = [share * weights for share, weights in zip(self.shares, self.weights, strict=True)]
+        return torch.cat([pad(row, (0, n - row.shape[-1])) for row, n in zip(rows, self.sizes, strict=True)], -1)
+
+    @property
+    def mass(self) -> Tensor:
+        """From all these queries together, [B, K, G, n]."""
+        masses = [part.new_zeros((*part.shape[:3], n)) for part, n in zip(self.weights, self.sizes, strict=True)]
+        _receive(masses, self)
+        return masses[0] if len(masses) == 1 else torch.cat(masses, -1)
 
 
 class Weighed(NamedTuple):
@@ -188,9 +221,25 @@ def _no_mass(query: Tensor, parts: Sequence[Part]) -> list[Tensor]:
     return [torch.zeros((*shape, part.keys.shape[2]), device=query.device) for part in parts]
 
 
-def _receive(masses: list[Tensor], shares: list[Tensor], weighed: list[Weighed]) -> None:
-    for mass, share, part in zip(masses, shares, weighed, strict=True):
-        mass[..., : part.weights.shape[-1]] += (share.transpose(-1, -2) @ part.weights).squeeze(-2)
+def _attend_block(block: Tensor, rows: Sequence[Part], parts: Sequence[Part], variant: Variant) -> tuple[Tensor, Paid]:
+    """One block of ``_blocks``: its output [B, K, G, b, D] in fp32, and what it paid."""
+    paid = _pay(block, rows, parts, variant)
+    partials = [
+        share * _by_kv_head(weights, part.values.float())
+        for share, weights, part in zip(paid.shares, paid.weights, rows, strict=True)
+    ]
+    return torch.stack(partials).sum(0), paid
+
+
+def _pay(block: Tensor, rows: Sequence[Part], parts: Sequence[Part], variant: Variant) -> Paid:
+    weighed = [weights(block, part, variant) for part in rows]
+    shares = merge(block, weighed, variant)
+    return Paid([part.weights for part in weighed], shares, [part.keys.shape[2] for part in parts])
+
+
+def _receive(masses: list[Tensor], paid: Paid) -> None:
+    for mass, share, weights in zip(masses, paid.shares, paid.weights, strict=True):
+        mass[..., : weights.shape[-1]] += (share.transpose(-1, -2) @ weights).squeeze(-2)
 
 
 def _by_kv_head(x: Tensor, y: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """How entries are encoded. Nothing here knows where they live."""
 
 from .base import Format, Rows
-from .columns import Columns
+from .columns import Columns, ColumnType
 from .dense import Dense
 from .integer import Int
 
-__all__ = ["Columns", "Dense", "Format", "Int", "Rows"]
+__all__ = ["ColumnType", "Columns", "Dense", "Format", "Int", "Rows"]

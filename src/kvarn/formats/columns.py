@@ -1,4 +1,4 @@
-"""Numbers kept beside each entry: its position, the attention mass it has received, and the like."""
+"""Numbers kept beside each entry: its position, what has been observed of it, and the like."""
 
 from collections.abc import Mapping
 
@@ -7,14 +7,16 @@ from torch import Tensor
 
 from .base import Format, Rows
 
+ColumnType = torch.dtype | tuple[tuple[int, ...], torch.dtype]  # a scalar, or a shape and its dtype
+
 
 class Columns(Format):
-    """One scalar a token for each named column."""
+    """Of each token one scalar, or a small tensor of a fixed shape, for each named column."""
 
     name = "columns"
 
-    def __init__(self, dtypes: Mapping[str, torch.dtype]):
-        self.layout = {name: ((), dtype) for name, dtype in dtypes.items()}
+    def __init__(self, columns: Mapping[str, ColumnType]):
+        self.layout = {name: kind if isinstance(kind, tuple) else ((), kind) for name, kind in columns.items()}
 
     def encode(self, x: Tensor) -> Rows:
         raise TypeError("columns are stored as they are: append rows, not vectors")

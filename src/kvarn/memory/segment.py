@@ -246,19 +246,21 @@ class Segment:
         rows = {name: torch.where(_expand(units, t), t, old[name]) for name, t in new.items()}
         self.write(heads, torch.zeros_like(counts), rows, counts)
 
-    def add(self, heads: slice | Tensor, name: str, amount: Tensor) -> None:
-        """Adds ``amount`` ([R, longest], zero beyond a head's length) to one column."""
+    def set(self, heads: slice | Tensor, rows: Rows) -> None:
+        """Overwrites some of the tensors of all tokens of each head by ``rows`` ([R, longest, *shape]; unit 1)."""
         self._own(heads)
-        first, size = self.span(heads)[0], self.pool.page_size
-        pages = self._pages(heads, self._reach(heads))
-        tensor = self.pool.tensors[name]
-        padded = tensor.new_zeros(amount.shape[0], pages.numel() // amount.shape[0] * size)
-        if first is None:
-            place = self.starts[heads][:, None] + torch.arange(amount.shape[1])
-            padded.scatter_add_(1, place.clamp(max=padded.shape[1] - 1).to(amount.device), amount)
-        else:
-            padded[:, first : first + amount.shape[1]] = amount
-        tensor.index_add_(0, pages, padded.view(-1, size))
+        first, longest = self.span(heads)
+        lengths = self.lengths[heads]
+        if first is None or not bool((lengths == longest).all()):
+            self.write(heads, torch.zeros_like(lengths), rows, lengths)
+            return
+        # Heads that are alike write whole pages, whose ids are on the device already; nothing else lies in them.
+        pages = self._pages(heads, first + longest)
+        for name, new in rows.items():
+            tensor = self.pool.tensors[name]
+            whole = new.new_zeros(new.shape[0], pages.numel() // new.shape[0] * self.pool.page_size, *new.shape[2:])
+            whole[:, first : first + longest] = new
+            tensor.index_copy_(0, pages, whole.view(-1, *tensor.shape[1:]))
 
     def share(self, heads: slice | Tensor, source: "Segment", source_heads: slice | Tensor) -> None:
         """Gives empty ``heads`` the tokens of ``source_heads`` by reference; whoever writes first copies the page."""

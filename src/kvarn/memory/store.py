@@ -260,15 +260,20 @@ class Store:
 
     # -- reading ------------------------------------------------------------------------------------------------
 
+    def read_columns(self, heads: slice | Tensor) -> dict[str, Tensor]:
+        """All columns of each head, [R, longest, *shape] each."""
+        assert self.columns is not None
+        return self.columns.read(heads)
+
     def read_column(self, heads: slice | Tensor, name: str) -> Tensor:
-        """One column of each head, [R, longest]."""
+        """One column of each head, [R, longest, *shape]."""
         assert self.columns is not None
         return self.columns.read(heads, names=(name,))[name]
 
-    def add_to_column(self, heads: slice | Tensor, name: str, amount: Tensor) -> None:
-        """Adds ``amount`` ([R, longest], zero beyond a head's length) to a column."""
+    def set_columns(self, heads: slice | Tensor, columns: Mapping[str, Tensor]) -> None:
+        """Sets some columns of all entries of each head, [R, longest, *shape] each."""
         assert self.columns is not None
-        self.columns.add(heads, name, amount)
+        self.columns.set(heads, dict(columns))
 
     # -- shrinking and changing ---------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..scoring import PromptView, Score, protected
+from ..formats import ColumnType
+from ..scoring import ObservingScore, PromptView, Score, protected
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,22 @@ class Eviction:
         return self.sinks + self.recent + (self.at_once if self.decode else 1)
 
     @property
+    def observes(self) -> ObservingScore | None:
+        """What observes attention, if anything does."""
+        return self.score if isinstance(self.score, ObservingScore) else None
+
+    @property
+    def columns(self) -> dict[str, ColumnType]:
+        """What is kept beside each entry."""
+        return {"position": torch.int32, **(self.observes.columns if self.observes else {})}
+
+    @property
     def at_once(self) -> int:
         """Entries that leave a full head together."""
         return self.interval or 1
 
-    def keep(self, view: PromptView, capacity: Tensor) -> tuple[Tensor, Tensor]:
-        """Which candidates stay in a layer: bool [B, K, n], and the scores [B, K, n]. ``capacity`` is [B, K]."""
+    def keep(self, view: PromptView, capacity: Tensor) -> Tensor:
+        """Which candidates stay in a layer, bool [B, K, n]. ``capacity`` is [B, K]."""
         scores = self.score.prompt(view)
         recent = self.recent + (capacity * self.recent_share).long()
         protect = view.among_last(recent.amax(1)) | (view.positions < self.sinks)
@@ -48,17 +59,17 @@ class Eviction:
         # Pooled scores have plateaus: a stable sort breaks ties by age, whatever the batch and its padding.
         best = ranked.argsort(dim=-1, descending=True, stable=True)[..., :most]
         within = torch.arange(most, device=best.device) < capacity.to(best.device)[..., None]
-        return torch.zeros_like(view.valid).scatter_(-1, best, within) & view.valid, scores
+        return torch.zeros_like(view.valid).scatter_(-1, best, within) & view.valid
 
     def victims(self, columns: Mapping[str, Tensor], lengths: Tensor, seen: Tensor, capacity: Tensor) -> Tensor:
         """The ``at_once`` entries that leave each head, int64 [R, at_once].
 
-        ``columns`` are [R, n]; ``lengths``, ``seen`` (tokens of the sequence) and ``capacity`` are [R].
+        ``columns`` are [R, n, …]; ``lengths``, ``seen`` (tokens of the sequence) and ``capacity`` are [R].
         """
         positions = columns["position"]
         recent = self.recent + (capacity * self.recent_share).long()
         recent = recent.minimum(capacity + 1 - self.at_once)
         protect = (positions >= (seen - recent)[:, None]) | (positions < self.sinks)
         beyond = torch.arange(positions.shape[1], device=positions.device) >= lengths[:, None]
-        ranked = protected(self.score.stored(columns), protect | beyond)
+        ranked = protected(self.score.stored(columns, seen[:, None]), protect | beyond)
         return ranked.argsort(dim=-1, stable=True)[:, : self.at_once]

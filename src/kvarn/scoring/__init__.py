@@ -1,6 +1,16 @@
 """How much each entry matters."""
 
-from .scores import AccumulatedMass, Recency, Score, WindowMass, protected
-from .view import PromptView
+from .observing import AccumulatedMass, ObservingScore
+from .scores import Recency, Score, WindowMass, protected
+from .view import Observation, PromptView
 
-__all__ = ["AccumulatedMass", "PromptView", "Recency", "Score", "WindowMass", "protected"]
+__all__ = [
+    "AccumulatedMass",
+    "Observation",
+    "ObservingScore",
+    "PromptView",
+    "Recency",
+    "Score",
+    "WindowMass",
+    "protected",
+]

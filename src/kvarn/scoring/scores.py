@@ -14,16 +14,15 @@ from .view import PromptView, concatenated
 
 
 class Score(ABC):
-    """A score over entries. ``accumulates``: it needs each entry's attention mass kept in the column "mass"."""
-
-    accumulates: bool = False
+    """A score over entries. Higher is kept."""
 
     @abstractmethod
     def prompt(self, view: PromptView) -> Tensor:
         """Scores of all candidates at the end of a prompt, fp32 [B, K, n]."""
 
-    def stored(self, columns: Mapping[str, Tensor]) -> Tensor:
-        """Scores of stored entries between decoding steps, from their columns ([R, n] each): fp32 [R, n]."""
+    def stored(self, columns: Mapping[str, Tensor], seen: Tensor) -> Tensor:
+        """Scores of stored entries between decoding steps, [R, n], from their columns ([R, n, …] each) and the tokens
+        that their sequences have seen ([R, 1])."""
         raise TypeError(f"{type(self).__name__} scores prompts only")
 
 
@@ -33,27 +32,8 @@ class Recency(Score):
     def prompt(self, view: PromptView) -> Tensor:
         return view.positions.float()
 
-    def stored(self, columns: Mapping[str, Tensor]) -> Tensor:
+    def stored(self, columns: Mapping[str, Tensor], seen: Tensor) -> Tensor:
         return columns["position"].float()
-
-
-@dataclass(frozen=True)
-class AccumulatedMass(Score):
-    """Attention mass received from all queries so far, averaged over the query heads of a KV head.
-
-    H2O (arXiv 2306.14048): column sums of the softmax, in fp32, without decay or normalization.
-    """
-
-    accumulates = True
-
-    def prompt(self, view: PromptView) -> Tensor:
-        mass = concatenated(mass_received(view.query, view.parts, view.variant)).mean(2)
-        if view.mass is not None:
-            mass[..., : view.mass.shape[-1]] += view.mass
-        return mass
-
-    def stored(self, columns: Mapping[str, Tensor]) -> Tensor:
-        return columns["mass"]
 
 
 @dataclass(frozen=True)

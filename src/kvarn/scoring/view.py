@@ -1,12 +1,12 @@
-"""What a score sees of a layer when a prompt has been attended to."""
+"""What a score sees of a layer: at the end of a prompt, and of the attention that it observes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..attention import Part, Variant
+from ..attention import Paid, Part, Variant
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,9 @@ class PromptView:
     """One layer at the end of a prompt, before anything of it is stored.
 
     Candidates are the entries stored earlier, then the new ones: n in all, part by part. ``positions`` ([B, K, n],
-    int64) counts the tokens of each sequence from 0; -1 marks padding. ``mass`` ([B, K, stored], fp32) is what stored
-    entries had received before, where the score keeps that column. ``masked_parts`` gives the parts as a subset of
-    queries may read them.
+    int64) counts the tokens of each sequence from 0; -1 marks padding. ``columns`` ([B, K, n, …]) are the position and,
+    where a score observes attention, its columns with this prompt in them. ``masked_parts`` gives the parts as a subset
+    of queries may read them.
     """
 
     query: Tensor  # [B, H, q, D], the prompt's queries after RoPE
@@ -25,23 +25,43 @@ class PromptView:
     variant: Variant
     positions: Tensor
     seen: Tensor  # [B] int64, tokens of each sequence so far, this prompt included
-    mass: Tensor | None
+    columns: Mapping[str, Tensor]
     masked_parts: Callable[[Tensor], tuple[Part, ...]]
 
     def last_queries(self, count: int) -> tuple[Tensor, tuple[Part, ...]]:
         """The last ``count`` real tokens of each prompt (fewer give rows that read nothing): [B, H, count, D]."""
-        count = min(count, self.query.shape[2])
-        index = self.query_positions.argsort(dim=1, stable=True)[:, -count:]
+        index = self._last(count)
         query = self.query.gather(2, index[:, None, :, None].expand(-1, self.query.shape[1], -1, self.query.shape[3]))
         return query, self.masked_parts(self.query_positions.gather(1, index))
+
+    def last_positions(self, count: int) -> Tensor:
+        """The positions of ``last_queries``, int64 [B, count], -1 for padding."""
+        return self.query_positions.gather(1, self._last(count))
 
     def among_last(self, counts: Tensor | int) -> Tensor:
         """Which candidates are among the last ``counts`` ([B] or one number) tokens of their sequence: [B, K, n]."""
         return self.positions >= (self.seen - counts)[:, None, None]
 
+    def _last(self, count: int) -> Tensor:
+        return self.query_positions.argsort(dim=1, stable=True)[:, -min(count, self.query.shape[2]) :]
+
     @property
     def valid(self) -> Tensor:
         return self.positions >= 0
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What q queries of a layer paid to its entries: a block of a prompt's queries, or the one of a decoding step.
+
+    ``queries`` ([B, q], int64) are their positions, -1 for padding, which pays nothing; ``decoded`` ([B], int64) how
+    many tokens came one by one since the last prompt, these included (0 in a prompt); ``layer`` the layer's number.
+    """
+
+    paid: Paid
+    queries: Tensor
+    decoded: Tensor
+    layer: int
 
 
 def concatenated(per_part: list[Tensor]) -> Tensor:
