@@ -34,9 +34,10 @@ def _seed() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Parallel workers that each use all cores slow each other down.
+    # Processes that each use all cores slow each other down: parallel workers, and runs that were told to use fewer.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    most = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    torch.set_num_threads(max(1, min(most, (os.cpu_count() or 1) // workers)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

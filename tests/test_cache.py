@@ -19,6 +19,7 @@ RECIPES = [
     ("fastkv(rate=0.5, window=4)", 0.4),
     ("fastkv(rate=0.3, window=4) + kivi(bits=4, group=16, residual=16)", 0.4),
     ("kivi(bits=4, group=16, residual=16)", None),
+    ("xquant(bits=4, group=16)", None),
     ("snapkv(window=8) + kivi(bits=4, group=16, residual=16)", 0.4),
     ("h2o + kivi(bits=8, group=16, residual=16)", 0.5),
     ("window + kivi(bits=8, group=8, residual=16)", 0.4),
@@ -149,7 +150,7 @@ def test_the_prompt_is_stored_within_the_budget_and_every_page_comes_back(recipe
     if cache.recipe.propagation is None:
         assert report.bytes == cache.plan.bytes[0]
     assert budget is None or report.bytes <= cache.plan.allowed[0]
-    assert report.bytes == arena.bytes + report.by_format["tables"]
+    assert report.bytes == arena.bytes + report.by_format["tables"] + report.by_format.get("bases", 0)
     assert report.peak_bytes >= report.bytes
     cache.free()
     assert arena.bytes == 0

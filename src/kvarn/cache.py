@@ -13,10 +13,12 @@ from .attention.interface import NAME, Mask, Pending
 from .attention.reference import Variant
 from .errors import CacheMismatch, PromptTooLong, Unsupported
 from .group import Fresh, LayerGroup, Step
+from .input_group import InputGroup
 from .memory import Arena
 from .methods import Method
 from .prefill import Carried
 from .recipe import Budget, Plan, Recipe, check_budget
+from .rematerialization import inputs_of
 from .report import Report
 from .spec import LayerSpec, ModelSpec
 
@@ -52,10 +54,12 @@ class Cache(TransformersCache):
             self.recipe.layout(layer, self.spec.dtype, page_size)
         self._propagation = self.recipe.propagation
         self._later_layers = self._propagation.later_layers(model, self.spec) if self._propagation else []
+        self._layer_inputs = inputs_of(model, self.spec) if self.recipe.rematerializes else []
         _use_kvarn(model)
         self._config = model.config.get_text_config(decoder=True)
         self.plan: Plan | None = None
         self._seen: Tensor  # int64 [B] on the host: real tokens of each sequence
+        self._input: Tensor | None  # of the layer that comes next
         self._forget()
 
     # -- what transformers calls --------------------------------------------------------------------------------
@@ -72,6 +76,11 @@ class Cache(TransformersCache):
         self._check_shapes(key_states, value_states, layer_idx)
         return Pending(key_states, self, layer_idx), Pending(value_states, self, layer_idx)
 
+    def take_inputs(self, inputs: Tensor) -> None:
+        """The inputs [B, q, size] of the layer that comes next, where the recipe keeps inputs."""
+        if self._layer_inputs:
+            self._input = inputs
+
     @torch.no_grad()
     def attend(
         self, module: nn.Module, layer: int, query: Tensor, keys: Tensor, values: Tensor, mask: Mask, variant: Variant
@@ -87,7 +96,8 @@ class Cache(TransformersCache):
                 "layers were skipped; call reset() and give the tokens again"
             )
         group, step = self._group_of[layer], self._step
-        fresh = Fresh(query, keys, values, step, variant)
+        fresh = Fresh(query, keys, values, step, variant, self._input)
+        self._input = None
         out = group.token(layer, fresh) if self._decoding else group.prompt(layer, fresh)
         self._next_layer += 1
         if self._next_layer == len(self.spec.layers):
@@ -201,6 +211,7 @@ class Cache(TransformersCache):
         self._logical = 0
         self._step: Step | None = None
         self._carried: Carried | None = None
+        self._input = None
         self._decoding = False
         self._next_layer = 0
 
@@ -274,18 +285,14 @@ class Cache(TransformersCache):
         members: dict[LayerSpec, list[int]] = {}
         for number, layer in enumerate(self.spec.layers):
             members.setdefault(layer, []).append(number)
-        dtype = self.spec.dtype
-        return [
-            LayerGroup(
-                numbers,
-                layer,
-                self.recipe.layout(layer, dtype, self.page_size),
-                self.recipe.eviction(layer, dtype),
-                arena,
-                batch,
-            )
-            for layer, numbers in members.items()
-        ]
+        return [self._new_group(numbers, layer, arena, batch) for layer, numbers in members.items()]
+
+    def _new_group(self, numbers: list[int], layer: LayerSpec, arena: Arena, batch: int) -> LayerGroup:
+        layout = self.recipe.layout(layer, self.spec.dtype, self.page_size)
+        if self._layer_inputs and layer.window is None:
+            inputs = [each for number in numbers if (each := self._layer_inputs[number])]
+            return InputGroup(numbers, layer, layout, inputs, arena, batch)
+        return LayerGroup(numbers, layer, layout, self.recipe.eviction(layer, self.spec.dtype), arena, batch)
 
     def _check_shapes(self, keys: Tensor, values: Tensor, number: int) -> None:
         if number >= len(self.spec.layers):

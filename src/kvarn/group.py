@@ -40,13 +40,15 @@ class Step:
 
 @dataclass(slots=True)
 class Fresh:
-    """One layer's new tokens: queries [B, H, q, D], keys and values [B, K, q, D], and how they attend."""
+    """One layer's new tokens: queries [B, H, q, D], keys and values [B, K, q, D], how they attend, and the layer's
+    inputs [B, q, size] where the recipe keeps those."""
 
     query: Tensor
     keys: Tensor
     values: Tensor
     step: Step
     variant: Variant
+    inputs: Tensor | None = None
 
 
 class LayerGroup:
@@ -71,6 +73,11 @@ class LayerGroup:
         self._even = False  # whether all heads hold equally many entries
 
     @property
+    def state_bytes(self) -> int:
+        """Bytes kept for the layers themselves, whatever the tokens."""
+        return 0
+
+    @property
     def everyone(self) -> slice:
         return slice(0, len(self.numbers) * self.rows)
 
@@ -83,10 +90,14 @@ class LayerGroup:
         """Entries of each head, int64 [layers, B, K]."""
         return self.store.lengths.view(len(self.numbers), self.batch, self.layer.kv_heads)
 
+    def empty(self, batch: int) -> "LayerGroup":
+        """A group like this one for ``batch`` sequences, without entries."""
+        return LayerGroup(self.numbers, self.layer, self.store.layout, self.eviction, self.arena, batch)
+
     def selected(self, sequences: Tensor) -> "LayerGroup":
         """A group of sequences ``sequences`` (int64 [B'], host; may repeat) of this one, sharing their pages."""
-        layout, kv_heads = self.store.layout, self.layer.kv_heads
-        group = LayerGroup(self.numbers, self.layer, layout, self.eviction, self.arena, sequences.numel())
+        kv_heads = self.layer.kv_heads
+        group = self.empty(sequences.numel())
         within = (sequences[:, None] * kv_heads + torch.arange(kv_heads)).flatten()
         heads = (torch.arange(len(self.numbers))[:, None] * self.rows + within).flatten()
         group.store.share(group.everyone, self.store, heads)
@@ -139,7 +150,8 @@ class LayerGroup:
     def token(self, number: int, fresh: Fresh) -> Tensor:
         """Stores one new token a sequence and attends it to all that is stored."""
         heads = self.heads(number)
-        self.store.put_token(heads, fresh.keys.flatten(0, 2), fresh.values.flatten(0, 2))
+        keys, values = self._rows(heads, fresh)
+        self.store.put_token(heads, keys.flatten(0, 2), values.flatten(0, 2))
         part = self._part(heads, None if self._even else self._held(heads)[:, :, None])
         if self.eviction is None or self.eviction.observes is None:
             return attend(fresh.query, [part], fresh.variant)
@@ -276,7 +288,7 @@ class LayerGroup:
         longest = int(counts.max())
         if not longest:
             return
-        keys, values = fresh.keys, fresh.values
+        keys, values = self._rows(heads, fresh)
         position = fresh.step.positions.to(torch.int32)[:, None].expand(-1, self.layer.kv_heads, -1)
         columns = {"position": position, **(columns or {})}
         if longest < keys.shape[2] or fresh.step.padded:
@@ -287,9 +299,14 @@ class LayerGroup:
         rows = {name: column.flatten(0, 1) for name, column in columns.items()}
         self.store.append(heads, keys.flatten(0, 1), values.flatten(0, 1), rows, counts)
 
+    def _rows(self, heads: slice, fresh: Fresh) -> tuple[Tensor, Tensor]:
+        """What the store keeps of new tokens, [B, K, q, size] each."""
+        return fresh.keys, fresh.values
+
     def _part(self, heads: slice, mask: Tensor | None) -> Part:
-        keys = self.store.keys.read(heads).unflatten(0, (self.batch, -1))
-        return Part(keys, self.store.values.read(heads).unflatten(0, (self.batch, -1)), mask)
+        shape = (self.batch, self.layer.kv_heads)
+        keys = self.store.keys.read(heads).unflatten(0, shape)
+        return Part(keys, self.store.values.read(heads).unflatten(0, shape), mask)
 
     def _held(self, heads: slice) -> Tensor:
         """Which of the entries that are read exist: bool [B, K, n] (heads shorter than the longest are padded)."""

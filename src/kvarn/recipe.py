@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
+from . import rematerialization
 from .budgets import uniform
 from .errors import BudgetError, RecipeError
 from .formats import Columns, Dense
@@ -88,11 +89,28 @@ class Recipe:
         """Which tokens of a first prompt go on beyond some layer; None: all."""
         return next((p for m in self.methods if (p := m.propagation())), None)
 
+    @property
+    def rematerializes(self) -> bool:
+        """Whether layers with full attention keep their inputs in place of keys and values."""
+        return any(type(method).rows is not Method.rows for method in self.methods)
+
+    def kept(self, layer: LayerSpec) -> LayerSpec:
+        """``layer`` as the store holds it."""
+        if layer.window is not None:
+            return layer
+        return next((rows for m in self.methods if (rows := m.rows(layer))), layer)
+
     def layout(self, layer: LayerSpec, dtype: torch.dtype, page_size: int) -> StoreLayout:
         """How the entries of ``layer`` are kept."""
         keys, values = self._sides(layer, dtype)
         eviction = self.eviction(layer, dtype)
         return StoreLayout(keys, values, Columns(eviction.columns) if eviction else None, page_size)
+
+    def state_bytes(self, spec: ModelSpec) -> int:
+        """Bytes kept for the layers of a model, whatever the tokens."""
+        if not self.rematerializes:
+            return 0
+        return sum(rematerialization.state_bytes(layer, spec.dtype) for layer in spec.layers if layer.window is None)
 
     def resolve(self, spec: ModelSpec, budget: Budget, lengths: list[int], page_size: int = 16) -> "Plan":
         """The plan for sequences of ``lengths`` tokens under ``budget``; raises BudgetError, naming the least.
@@ -108,6 +126,7 @@ class Recipe:
         )
 
     def _sides(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout]:
+        layer = self.kept(layer)
         if layer.window is None:
             for method in self.methods:
                 if sides := method.encoding(layer, dtype):
@@ -184,9 +203,9 @@ class _Resolver:
         return self._sum(lambda layer, layout: layout.bytes(entries) if layer.window is None else 0 * entries)
 
     def _fixed(self, length: int) -> int:
-        """Bytes of all layers with a sliding window."""
+        """Bytes of all layers with a sliding window, and of what is kept for layers themselves."""
         zero = torch.zeros(1, dtype=torch.int64)
-        return int(
+        return self.recipe.state_bytes(self.spec) + int(
             self._sum(
                 lambda layer, layout: zero if layer.window is None else layout.bytes(zero + layer.kept_dense(length))
             )
@@ -200,7 +219,7 @@ class _Resolver:
         total = torch.zeros(1, dtype=torch.int64)
         for layer in set(self.spec.layers):
             layout = self.recipe.layout(layer, self.spec.dtype, self.page_size)
-            total = total + self.spec.layers.count(layer) * layer.kv_heads * bytes_of(layer, layout)
+            total = total + self.spec.layers.count(layer) * self.recipe.kept(layer).kv_heads * bytes_of(layer, layout)
         return total
 
     def _eviction(self, layer: LayerSpec) -> Eviction | None:

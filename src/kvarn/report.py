@@ -55,6 +55,8 @@ class Report:
         tables = sum(group.store.bookkeeping_bytes for group in groups)
         by_format = _by_format(groups)
         by_format["tables"] = tables
+        if state := sum(group.state_bytes for group in groups):
+            by_format["bases"] = state
         held = sum(by_format.values())
         entries = {
             number: layer
@@ -66,9 +68,10 @@ class Report:
             tokens=tokens,
             bytes=held,
             dense_bytes=sum(map(spec.dense_bytes, tokens)),
-            peak_bytes=max(held, arena.peak_bytes + tables if arena else 0),
+            peak_bytes=max(held, arena.peak_bytes + tables + state if arena else 0),
             reserved_bytes=(arena.reserved_bytes if arena else 0)
-            + sum(group.store.reserved_bookkeeping_bytes for group in groups),
+            + sum(group.store.reserved_bookkeeping_bytes for group in groups)
+            + state,
             by_tier={"device": held},
             by_format=by_format,
             entries=[entries[number] for number in sorted(entries)],

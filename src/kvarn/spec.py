@@ -11,13 +11,15 @@ from .errors import Unsupported
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One attention layer: its heads, the sizes of a key and a value, and its sliding window (None: full attention)."""
+    """One attention layer: its heads, the sizes of a key and a value, its sliding window (None: full attention), and
+    the size of its input."""
 
     query_heads: int
     kv_heads: int
     key_size: int
     value_size: int
     window: int | None
+    input_size: int = 0
 
     @property
     def entry_numbers(self) -> int:
@@ -59,6 +61,7 @@ class ModelSpec:
                 key_size=size,
                 value_size=size,
                 window=text.sliding_window if kind == "sliding_attention" else None,
+                input_size=text.hidden_size,
             )
             for kind in types
         )

@@ -134,7 +134,9 @@ class Segment:
         out = {}
         for name in names or self.pool.tensors:
             tensor = self.pool.tensors[name]
-            read = tensor.index_select(0, pages).view(count, -1, *tensor.shape[2:])
+            read = tensor.index_select(0, pages).view(
+                count, pages.numel() // count * tensor.shape[1], *tensor.shape[2:]
+            )
             if first is None:
                 out[name] = _shifted(read, self.starts[heads] // self.unit, units)
             else:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class Method:
     """One published system. Its dataclass fields are its parameters, with the paper's defaults.
 
-    A method answers for the decisions it makes and leaves the others alone: ``eviction`` what to keep, ``encoding`` in
-    which format, ``propagation`` which tokens of a prompt go through all layers. Methods that leave each other's
-    decisions alone combine with ``+``.
+    A method answers for the decisions it makes and leaves the others alone: ``eviction`` and ``rows`` what to keep,
+    ``encoding`` in which format, ``propagation`` which tokens of a prompt go through all layers. Methods that leave
+    each other's decisions alone combine with ``+``.
     """
 
     name: ClassVar[str]
@@ -31,6 +31,10 @@ class Method:
 
     def eviction(self) -> Eviction | None:
         """What to keep and what to drop; None: everything."""
+        return None
+
+    def rows(self, layer: LayerSpec) -> LayerSpec | None:
+        """What a layer keeps for all its heads together, a row a token, in place of keys and values; None: those."""
         return None
 
     def encoding(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout] | None:
@@ -44,7 +48,7 @@ class Method:
     def decides(self) -> set[str]:
         """The decisions this method makes."""
         made = set()
-        if type(self).eviction is not Method.eviction:
+        if type(self).eviction is not Method.eviction or type(self).rows is not Method.rows:
             made.add("keep")
         if type(self).encoding is not Method.encoding:
             made.add("encode")

@@ -1,0 +1,59 @@
+"""Rotary position embeddings as the model itself applies them, for keys that are kept before their rotation."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import Unsupported
+
+_VARYING = {"dynamic", "longrope"}  # frequencies depend on how long the sequence has become
+
+
+class Rotary:
+    """Rotates keys of full-attention layers, and takes their rotation back.
+
+    The frequencies and the function are the model's own, so partial rotations and scaled ones are as there. Raises
+    Unsupported for models whose keys cannot be rotated later.
+    """
+
+    def __init__(self, model: PreTrainedModel, attention: nn.Module):
+        self._embedding: Any = getattr(model.get_decoder(), "rotary_emb", None)
+        self._apply: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+        name = type(model).__name__
+        if self._embedding is None or self._apply is None:
+            raise Unsupported(f"{name} does not rotate keys by position, so kvarn cannot keep them before rotation")
+        kinds = getattr(self._embedding, "rope_type", "default")
+        if _VARYING & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
+            raise Unsupported(
+                f"{name} changes its rotary frequencies as sequences grow, so kvarn cannot keep keys before rotation"
+            )
+        self._types = {"layer_type": "full_attention"} if hasattr(self._embedding, "layer_types") else {}
+        self._cos = self._sin = torch.zeros(0)
+
+    def rotate(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Keys [B, K, n, D] as they are at ``positions`` (int64 [n] or [B, n])."""
+        cos, sin = self._table(keys, positions)
+        return self._turned(keys, cos, sin)
+
+    def unrotate(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """The inverse of ``rotate``."""
+        cos, sin = self._table(keys, positions)
+        # Scaled rotations (YaRN) scale by cos at position 0, where the sine is 0.
+        squared = self._cos[0].to(keys.dtype) ** 2
+        return self._turned(keys, cos / squared, -sin / squared)
+
+    def _turned(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return self._apply(keys, keys[:, :0], cos, sin)[0]
+
+    def _table(self, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [1 or B, n, D] in the dtype and on the device of ``keys``."""
+        most = int(positions.max()) + 1 if positions.numel() else 1
+        if most > self._cos.shape[0] or self._cos.device != keys.device or self._cos.dtype != keys.dtype:
+            every = torch.arange(max(256, 2 * most), device=keys.device)[None]
+            cos, sin = self._embedding(keys, every, **self._types)
+            self._cos, self._sin = cos[0], sin[0]
+        index = positions.to(keys.device).view(-1, positions.shape[-1])
+        return self._cos[index], self._sin[index]

@@ -1,0 +1,56 @@
+"""XQuant: the inputs of layers, quantized; keys and values are computed again when they are read."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .. import rematerialization
+from ..errors import RecipeError
+from ..formats import Dense, Int
+from ..memory import SideLayout
+from ..spec import LayerSpec
+from .base import Method
+
+
+@dataclass(frozen=True)
+class XQuant(Method):
+    """Keeps what keys and values are computed from, and computes them on reading.
+
+    Models whose keys and values together are as wide as a layer's input keep that input, quantized per token. Others
+    (grouped queries) keep its two latents, as wide as the keys and the values: those of the keys quantized per channel
+    in blocks of ``group`` tokens, of which the newest block stays exact, those of the values per token. ``group``
+    numbers share a scale and a minimum; where it does not divide a width, its largest divisor in common does.
+    """
+
+    bits: int = 4
+    group: int = 128
+
+    name = "xquant"
+    family = "rematerialization"
+    acts = "end of prompt, every decoding step"
+    needs = "inputs of layers"
+    citation = (
+        "XQuant: Breaking the Memory Wall for LLM Inference with KV Cache Rematerialization, 2025, arXiv 2508.10395"
+    )
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 3, 4, 8):
+            raise RecipeError(f"{self}: bits is 2, 3, 4 or 8")
+        if self.group < 1:
+            raise RecipeError(f"{self}: group is at least 1")
+
+    def rows(self, layer: LayerSpec) -> LayerSpec:
+        return rematerialization.kept(layer)
+
+    def encoding(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout]:
+        """``layer`` as ``rows`` gives it."""
+        second = Dense(layer.value_size, dtype)
+        if not layer.value_size:
+            return self._per_token(layer.key_size, dtype), SideLayout(second, second)
+        first = Int(self.bits, "channel", self.group, layer.key_size, dtype)
+        keys = SideLayout(first, Dense(layer.key_size, dtype), block=self.group)
+        return keys, self._per_token(layer.value_size, dtype)
+
+    def _per_token(self, size: int, dtype: torch.dtype) -> SideLayout:
+        return SideLayout(Int(self.bits, "token", math.gcd(self.group, size), size, dtype), Dense(size, dtype))
