@@ -101,7 +101,7 @@ def test_a_second_turn_stays_within_the_budget(recipe, budget):
     [("llama", *pair) for pair in RECIPES] + [("gemma3", *pair) for pair in RECIPES if "fastkv" not in pair[0]],
 )
 def test_a_batch_equals_one_by_one(architecture, recipe, budget):
-    model = make_tiny(architecture)
+    model = make_tiny(architecture).double()  # in fp32 the order of additions can flip a code
     sequences = [PROMPT[0, :90], PROMPT[0, 10:57], PROMPT[0, 3:27]]
     ids, mask = left_padded(sequences)
     together = kvarn.Cache(model, recipe, budget)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from kvarn import METHODS, cli
+from kvarn.budgets import parse_budget
 from kvarn.errors import BudgetError
 from kvarn.generation import chat_turns
 from kvarn.models import load
-from kvarn.recipe import parse_budget
 from tiny_chat import POSITIONS, save_tiny_chat
 
 DOCS = Path(__file__).parent.parent / "docs"

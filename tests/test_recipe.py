@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import kvarn
+from kvarn.budgets import check_budget, parse_bytes
 from kvarn.errors import BudgetError, RecipeError
 from kvarn.methods import METHODS, Method
 from kvarn.methods.full import Full
@@ -18,7 +19,7 @@ from kvarn.methods.h2o import H2O
 from kvarn.methods.kivi import KIVI
 from kvarn.methods.snapkv import SnapKV
 from kvarn.methods.window import Window
-from kvarn.recipe import Recipe, check_budget, parse_bytes
+from kvarn.recipe import Recipe
 from kvarn.spec import LayerSpec, ModelSpec
 from tiny_models import TINY, make_tiny
 

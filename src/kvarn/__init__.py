@@ -3,7 +3,8 @@
 from .cache import Cache
 from .methods import METHODS, Method
 from .models import load
-from .recipe import Plan, Recipe
+from .plan import Plan
+from .recipe import Recipe
 from .report import Report
 
 __all__ = ["METHODS", "Cache", "Method", "Plan", "Recipe", "Report", "load"]

@@ -11,13 +11,15 @@ from transformers import PreTrainedModel
 
 from .attention.interface import NAME, Mask, Pending
 from .attention.reference import Variant
+from .budgets import Budget, check_budget
 from .errors import CacheMismatch, PromptTooLong, Unsupported
 from .group import Fresh, LayerGroup, Step
 from .input_group import InputGroup
 from .memory import Arena
 from .methods import Method
+from .plan import Plan
 from .prefill import Carried
-from .recipe import Budget, Plan, Recipe, check_budget
+from .recipe import Recipe
 from .rematerialization import inputs_of
 from .report import Report
 from .spec import LayerSpec, ModelSpec
@@ -242,7 +244,7 @@ class Cache(TransformersCache):
                 group.begin_token(step)
         elif plan is not None:
             for group in self._groups:
-                group.capacity = torch.tensor(plan.entries)
+                group.capacity = plan.capacity[group.numbers]
         self.plan, self._step, self._decoding, self._next_layer = plan, step, decoding, 0
         self._tokens = tokens
 

@@ -20,13 +20,14 @@ from transformers.utils import logging
 
 from . import demo
 from .bench.options import add_bench, add_report
+from .budgets import Budget, parse_budget
 from .cache import Cache
 from .errors import KvarnError, PromptTooLong, RecipeError, Unsupported
 from .generation import Answer, answer, chat_turns, require_room
 from .methods import METHODS, Method
 from .methods.base import default_of
 from .models import DTYPES, available, device_of, load
-from .recipe import Budget, Recipe, parse_budget
+from .recipe import Recipe
 from .tables import Table, console
 
 

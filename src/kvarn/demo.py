@@ -13,11 +13,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .budgets import Budget
 from .cache import Cache
 from .errors import Unsupported
 from .generation import Answer, answer, chat_turns, next_logits, require_room
 from .models import load
-from .recipe import Budget
 from .spec import ModelSpec
 from .tables import Table
 

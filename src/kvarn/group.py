@@ -66,11 +66,12 @@ class LayerGroup:
         self.numbers, self.layer, self.eviction, self.arena, self.batch = numbers, layer, eviction, arena, batch
         self.rows = batch * layer.kv_heads  # heads of one layer
         self.store = Store(layout, arena, len(numbers) * self.rows)
-        self.capacity = torch.zeros(batch, dtype=torch.int64)  # entries a head may hold, where the recipe evicts
+        # Entries that each head may hold, where the recipe evicts.
+        self.capacity = torch.zeros((len(numbers), batch, layer.kv_heads), dtype=torch.int64)
         self.prompted = torch.zeros(batch, dtype=torch.int64)  # tokens of each sequence up to its last prompt's end
         self._decoded: Tensor  # tokens of each sequence since then, int64 [B] on the device, in a decoding step
-        self._first = {number: place * self.rows for place, number in enumerate(numbers)}
-        self._even = False  # whether all heads hold equally many entries
+        self._place = {number: place for place, number in enumerate(numbers)}
+        self._even = [False] * len(numbers)  # whether the heads of a layer hold equally many entries
 
     @property
     def state_bytes(self) -> int:
@@ -83,7 +84,7 @@ class LayerGroup:
 
     def heads(self, number: int) -> slice:
         """The store's heads of layer ``number``."""
-        first = self._first[number]
+        first = self._place[number] * self.rows
         return slice(first, first + self.rows)
 
     def entries(self) -> Tensor:
@@ -101,7 +102,7 @@ class LayerGroup:
         within = (sequences[:, None] * kv_heads + torch.arange(kv_heads)).flatten()
         heads = (torch.arange(len(self.numbers))[:, None] * self.rows + within).flatten()
         group.store.share(group.everyone, self.store, heads)
-        group.capacity, group.prompted = self.capacity[sequences], self.prompted[sequences]
+        group.capacity, group.prompted = self.capacity[:, sequences], self.prompted[sequences]
         return group
 
     # -- prompts ------------------------------------------------------------------------------------------------
@@ -144,15 +145,15 @@ class LayerGroup:
                 columns |= observer.fresh(positions)
                 self._decoded = (step.after - self.prompted).to(self.arena.device)
         self.store.open_token(columns)
-        lengths = self.store.lengths
-        self._even = bool((lengths == lengths[0]).all())
+        lengths = self.store.lengths.view(len(self.numbers), -1)
+        self._even = (lengths == lengths[:, :1]).all(1).tolist()
 
     def token(self, number: int, fresh: Fresh) -> Tensor:
         """Stores one new token a sequence and attends it to all that is stored."""
         heads = self.heads(number)
         keys, values = self._rows(heads, fresh)
         self.store.put_token(heads, keys.flatten(0, 2), values.flatten(0, 2))
-        part = self._part(heads, None if self._even else self._held(heads)[:, :, None])
+        part = self._part(heads, None if self._even[self._place[number]] else self._held(heads)[:, :, None])
         if self.eviction is None or self.eviction.observes is None:
             return attend(fresh.query, [part], fresh.variant)
         out, paid = attend_observed(fresh.query, [part], fresh.variant)
@@ -171,7 +172,7 @@ class LayerGroup:
                 self.store.pop_front(self.everyone, excess)
 
     def _evict(self, eviction: Eviction, step: Step) -> None:
-        capacity = self._per_head(self.capacity)
+        capacity = self.capacity.flatten()
         heads = torch.nonzero(self.store.lengths > capacity).flatten()
         if not heads.numel():
             return
@@ -193,18 +194,17 @@ class LayerGroup:
     def _store_best(self, eviction: Eviction, number: int, stored: Part | None, fresh: Fresh) -> None:
         """Keeps the best of what is stored and what is new, by the recipe's score."""
         heads, observer, step = self.heads(number), eviction.observes, fresh.step
-        held = self.store.lengths[heads].view(self.batch, -1)
-        if observer is None and bool((held + step.counts[:, None] <= self.capacity[:, None]).all()):
+        held, capacity = self.store.lengths[heads].view(self.batch, -1), self.capacity[self._place[number]]
+        if observer is None and bool((held + step.counts[:, None] <= capacity).all()):
             self._append_all(heads, fresh)
             return
         view = self._view(observer, heads, stored, fresh)
         if observer is not None:
             view = observer.after_prompt(view, number)
-        capacity = self.capacity[:, None].expand(-1, self.layer.kv_heads).to(fresh.query.device)
         keep = eviction.keep(view, capacity)
         columns = {name: view.columns[name] for name in observer.columns} if observer else {}
         old = 0 if stored is None else stored.keys.shape[2]
-        counts = torch.minimum(self.capacity, step.counts)[:, None]
+        counts = torch.minimum(capacity, step.counts[:, None])
         if stored is not None:
             if columns:
                 self.store.set_columns(heads, {name: c[:, :, :old].flatten(0, 1) for name, c in columns.items()})
@@ -291,7 +291,7 @@ class LayerGroup:
         keys, values = self._rows(heads, fresh)
         position = fresh.step.positions.to(torch.int32)[:, None].expand(-1, self.layer.kv_heads, -1)
         columns = {"position": position, **(columns or {})}
-        if longest < keys.shape[2] or fresh.step.padded:
+        if int(counts.min()) < keys.shape[2]:
             index = (~keep).byte().argsort(dim=-1, stable=True)[..., :longest].expand(-1, self.layer.kv_heads, -1)
             keys = keys.gather(2, index[..., None].expand(-1, -1, -1, keys.shape[3]))
             values = values.gather(2, index[..., None].expand(-1, -1, -1, values.shape[3]))

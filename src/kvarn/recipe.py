@@ -1,31 +1,27 @@
-"""Recipes: read, written, composed, and resolved into plans."""
+"""Recipes: read, written and composed."""
 
 import ast
 import difflib
-import math
-import re
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
-from torch import Tensor
 
 from . import rematerialization
-from .budgets import uniform
-from .errors import BudgetError, RecipeError
+from .budgets import Budget, Policy, Uniform
+from .errors import RecipeError
 from .formats import Columns, Dense
 from .memory import SideLayout, StoreLayout
 from .methods import METHODS, Method
 from .methods.base import default_of
+from .plan import Plan, Planner
 from .prefill import Propagation
 from .reduction import Eviction
 from .spec import LayerSpec, ModelSpec
 
-Budget = float | int | str | None
-
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _DECISIONS = {
     "keep": "what to keep",
+    "budget": "how much each head may keep",
     "encode": "in which format",
     "carry": "which tokens go on to later layers",
 }
@@ -50,6 +46,11 @@ class Recipe:
                         "leave one of them out"
                     )
                 owner[decision] = method
+        if "budget" in owner and "keep" not in owner:
+            raise RecipeError(
+                f"{owner['budget']} says how much each head may keep, and nothing here what: add a method that evicts, "
+                "as in 'snapkv'"
+            )
 
     @classmethod
     def parse(cls, text: "str | Method | Recipe") -> "Recipe":
@@ -67,7 +68,7 @@ class Recipe:
         return cls(tuple(_method(node, text) for node in _summands(tree)))
 
     def __add__(self, other: "Method | Recipe") -> "Recipe":
-        return Recipe(self.methods + Recipe.parse(other).methods)
+        return Recipe(self.methods + methods_of(other))
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.methods))
@@ -112,18 +113,26 @@ class Recipe:
             return 0
         return sum(rematerialization.state_bytes(layer, spec.dtype) for layer in spec.layers if layer.window is None)
 
-    def resolve(self, spec: ModelSpec, budget: Budget, lengths: list[int], page_size: int = 16) -> "Plan":
-        """The plan for sequences of ``lengths`` tokens under ``budget``; raises BudgetError, naming the least.
+    @property
+    def policy(self) -> Policy:
+        """How the budget is divided over heads."""
+        return next((policy for m in self.methods if (policy := m.budget())), Uniform())
+
+    def planner(self, spec: ModelSpec, budget: Budget, lengths: list[int], page_size: int = 16) -> Planner:
+        """What divides ``budget`` over the heads of sequences of ``lengths`` tokens.
 
         ``budget``: a float is a share of the dense bytes of the same tokens; a string ("64MiB") is bytes for all
         sequences together; an int is entries a head on average; None leaves it to the method.
         """
-        resolver = _Resolver(self, spec, page_size)
-        allowed = _allowed_bytes(budget, spec, lengths)
-        capacities = [resolver.capacity(budget, length, a) for length, a in zip(lengths, allowed, strict=True)]
-        return Plan(
-            capacities, [resolver.bytes(min(c, n), n) for c, n in zip(capacities, lengths, strict=True)], allowed
-        )
+        kept = {layer: self.kept(layer) for layer in set(spec.layers)}
+        layouts = {layer: self.layout(layer, spec.dtype, page_size) for layer in kept}
+        eviction = next((e for layer in spec.layers if (e := self.eviction(layer, spec.dtype))), None)
+        return Planner(str(self), spec, kept, layouts, self.state_bytes(spec), eviction, self.policy, budget, lengths)
+
+    def resolve(self, spec: ModelSpec, budget: Budget, lengths: list[int], page_size: int = 16) -> Plan:
+        """The plan for sequences of ``lengths`` tokens under ``budget`` (as for ``planner``); raises BudgetError,
+        naming the least."""
+        return self.planner(spec, budget, lengths, page_size).plan()
 
     def _sides(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout]:
         layer = self.kept(layer)
@@ -135,138 +144,9 @@ class Recipe:
         return SideLayout(keys, keys), SideLayout(values, values)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A recipe with its budget resolved for one model and the lengths of its sequences.
-
-    For each sequence: ``entries``, how many a KV head of a full-attention layer may hold; ``bytes``, what all heads
-    take at the end of the prompt; ``allowed``, the bytes that the budget allows (None: no budget in bytes).
-    """
-
-    entries: list[int]
-    bytes: list[int]
-    allowed: list[int | None]
-
-
-@dataclass(frozen=True)
-class _Resolver:
-    recipe: Recipe
-    spec: ModelSpec
-    page_size: int
-
-    def capacity(self, budget: Budget, length: int, allowed: int | None) -> int:
-        eviction = next((e for layer in self.spec.layers if (e := self._eviction(layer))), None)
-        if eviction is None:
-            return self._everything(budget, length, allowed)
-        least = min(eviction.least, length)
-        if allowed is None:
-            entries = self._entries(budget, eviction, length)
-            if entries < least:
-                raise BudgetError(f"{self.recipe} needs at least {least} entries a head; the budget is {entries}")
-            return entries
-        most = max(length, self.spec.max_positions or 0)
-        entries = uniform(lambda n: self._growing(n) + self._fixed(length), allowed, most, always=eviction.decode)
-        if entries < least:
-            self._require(self.bytes(least, length), allowed, length)
-        return max(entries, least)
-
-    def bytes(self, entries: int, length: int) -> int:
-        """Bytes of one sequence of ``length`` tokens that keeps ``entries`` a head where the recipe evicts."""
-        return int(self._growing(torch.tensor([entries]))[0]) + self._fixed(length)
-
-    def _everything(self, budget: Budget, length: int, allowed: int | None) -> int:
-        if isinstance(budget, int) and budget < length:
-            raise BudgetError(f"{self.recipe} evicts nothing and needs {length} entries a head; the budget is {budget}")
-        # A share of 1 or more asks for nothing to be saved, so it does not fail for the bookkeeping.
-        if allowed is not None and not (isinstance(budget, float) and budget >= 1):
-            self._require(self.bytes(length, length), allowed, length)
-        return length
-
-    def _entries(self, budget: Budget, eviction: Eviction, length: int) -> int:
-        if isinstance(budget, int):
-            return budget
-        if isinstance(eviction.default, float):
-            return max(int(eviction.default * length), eviction.least)
-        return eviction.default
-
-    def _require(self, needed: int, allowed: int, length: int) -> None:
-        """An open page a head is beyond the budget; anything more is an error."""
-        if needed > allowed + self._open_pages():
-            dense = self.spec.dense_bytes(length)
-            raise BudgetError(
-                f"{self.recipe} needs at least {needed:,} bytes for {length} tokens ({needed / dense:.3f} of the dense "
-                f"{dense:,}); the budget allows {allowed:,}"
-            )
-
-    def _growing(self, entries: Tensor) -> Tensor:
-        """Bytes of all layers with full attention, each head holding ``entries``."""
-        return self._sum(lambda layer, layout: layout.bytes(entries) if layer.window is None else 0 * entries)
-
-    def _fixed(self, length: int) -> int:
-        """Bytes of all layers with a sliding window, and of what is kept for layers themselves."""
-        zero = torch.zeros(1, dtype=torch.int64)
-        return self.recipe.state_bytes(self.spec) + int(
-            self._sum(
-                lambda layer, layout: zero if layer.window is None else layout.bytes(zero + layer.kept_dense(length))
-            )
-        )
-
-    def _open_pages(self) -> int:
-        one = torch.ones(1, dtype=torch.int64)
-        return int(self._sum(lambda layer, layout: layout.bytes(one)))
-
-    def _sum(self, bytes_of: Any) -> Tensor:
-        total = torch.zeros(1, dtype=torch.int64)
-        for layer in set(self.spec.layers):
-            layout = self.recipe.layout(layer, self.spec.dtype, self.page_size)
-            total = total + self.spec.layers.count(layer) * self.recipe.kept(layer).kv_heads * bytes_of(layer, layout)
-        return total
-
-    def _eviction(self, layer: LayerSpec) -> Eviction | None:
-        return self.recipe.eviction(layer, self.spec.dtype)
-
-
-def parse_bytes(text: str) -> int:
-    """``"64MiB"``, ``"1.5 GB"``, ``"4096"`` -> bytes; raises BudgetError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or (match[2] or "B").upper() not in _UNITS:
-        raise BudgetError(
-            f"budget {text!r} is not a size: write a number and one of {', '.join(_UNITS)}, as in '64MiB'"
-        )
-    return int(float(match[1]) * _UNITS[(match[2] or "B").upper()])
-
-
-def parse_budget(text: str) -> Budget:
-    """``"512"`` is entries a head, ``"0.25"`` a share of the dense bytes, ``"64MiB"`` bytes. Raises BudgetError."""
-    if re.fullmatch(r"[+-]?\d+", text):
-        budget: Budget = int(text)
-    elif re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+)", text):
-        budget = float(text)
-    else:
-        budget = text
-    check_budget(budget)
-    return budget
-
-
-def check_budget(budget: Budget) -> None:
-    """Raises BudgetError unless ``budget`` is a share above 0, a size, a number of entries above 0, or None."""
-    if isinstance(budget, str):
-        parse_bytes(budget)
-    elif budget is not None and not (type(budget) in (int, float) and 0 < budget < math.inf):
-        raise BudgetError(
-            f"budget {budget!r}: give a float above 0 (share of the dense bytes), a size such as '64MiB', or an int "
-            "above 0 (entries a head)"
-        )
-
-
-def _allowed_bytes(budget: Budget, spec: ModelSpec, lengths: list[int]) -> list[int | None]:
-    check_budget(budget)
-    if isinstance(budget, str):
-        total = parse_bytes(budget)
-        return [total // len(lengths)] * len(lengths)
-    if isinstance(budget, float):
-        return [int(budget * spec.dense_bytes(length)) for length in lengths]
-    return [None] * len(lengths)
+def methods_of(part: "str | Method | Recipe") -> tuple[Method, ...]:
+    """The methods of a part of a recipe, which need not be a recipe on its own."""
+    return (part,) if isinstance(part, Method) else Recipe.parse(part).methods
 
 
 def _summands(node: ast.expr) -> list[ast.expr]:

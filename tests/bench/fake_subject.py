@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from kvarn.bench.subjects import Held, System, label
+from kvarn.budgets import Budget
 from kvarn.errors import BudgetError
-from kvarn.recipe import Budget
 
 VOCABULARY = 400
 

@@ -24,7 +24,7 @@ class OneLayer:
         layout = parsed.layout(LAYER, torch.float32, page_size=4)
         eviction = parsed.eviction(LAYER, torch.float32)
         self.group = LayerGroup([0], LAYER, layout, eviction, Arena(torch.device(device), 4), batch=1)
-        self.group.capacity = torch.tensor([capacity])
+        self.group.capacity = torch.full((1, 1, KV_HEADS), capacity)
         self.seen = 0
 
     def prompt(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from typing import get_args
 
 from transformers import PreTrainedModel
 
+from ..budgets import parse_budget
 from ..errors import KvarnError
 from ..models import DTYPES, device_of, load
-from ..recipe import Recipe, parse_budget
+from ..recipe import Recipe
 from ..spec import ModelSpec
 from . import peers
 from .machine import hardware, versions

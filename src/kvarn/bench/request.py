@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..budgets import Budget
 from ..errors import KvarnError
-from ..recipe import Budget, Recipe
+from ..recipe import Recipe
 from .subjects import KvarnSubject, Subject
 from .suites import Suite
 from .tasks import Materials

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..budgets import Budget
 from ..cache import Cache
-from ..recipe import Budget
 
 System = Literal["kvarn", "transformers", "kvpress"]
 

@@ -1,5 +1,18 @@
 """How much each layer and head may keep."""
 
-from .uniform import uniform
+from .amounts import Budget, allowed_bytes, check_budget, parse_budget, parse_bytes
+from .policy import UNBOUNDED, Heads, Policy, Shares, Uniform, highest
 
-__all__ = ["uniform"]
+__all__ = [
+    "UNBOUNDED",
+    "Budget",
+    "Heads",
+    "Policy",
+    "Shares",
+    "Uniform",
+    "allowed_bytes",
+    "check_budget",
+    "highest",
+    "parse_budget",
+    "parse_bytes",
+]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from ..budgets import Policy
 from ..memory import SideLayout
 from ..prefill import Propagation
 from ..reduction import Eviction
@@ -19,8 +20,8 @@ class Method:
     """One published system. Its dataclass fields are its parameters, with the paper's defaults.
 
     A method answers for the decisions it makes and leaves the others alone: ``eviction`` and ``rows`` what to keep,
-    ``encoding`` in which format, ``propagation`` which tokens of a prompt go through all layers. Methods that leave
-    each other's decisions alone combine with ``+``.
+    ``budget`` how much in each head, ``encoding`` in which format, ``propagation`` which tokens of a prompt go through
+    all layers. Methods that leave each other's decisions alone combine with ``+``.
     """
 
     name: ClassVar[str]
@@ -31,6 +32,10 @@ class Method:
 
     def eviction(self) -> Eviction | None:
         """What to keep and what to drop; None: everything."""
+        return None
+
+    def budget(self) -> Policy | None:
+        """How the budget is divided over heads; None: the same for all."""
         return None
 
     def rows(self, layer: LayerSpec) -> LayerSpec | None:
@@ -50,6 +55,8 @@ class Method:
         made = set()
         if type(self).eviction is not Method.eviction or type(self).rows is not Method.rows:
             made.add("keep")
+        if type(self).budget is not Method.budget:
+            made.add("budget")
         if type(self).encoding is not Method.encoding:
             made.add("encode")
         if type(self).propagation is not Method.propagation:
@@ -57,9 +64,9 @@ class Method:
         return made
 
     def __add__(self, other: "Method | Recipe") -> "Recipe":
-        from ..recipe import Recipe
+        from ..recipe import Recipe, methods_of
 
-        return Recipe((self,)) + other
+        return Recipe((self, *methods_of(other)))
 
     def __str__(self) -> str:
         given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != default_of(f)]

@@ -50,15 +50,16 @@ class Eviction:
         return self.interval or 1
 
     def keep(self, view: PromptView, capacity: Tensor) -> Tensor:
-        """Which candidates stay in a layer, bool [B, K, n]. ``capacity`` is [B, K]."""
+        """Which candidates stay in a layer, bool [B, K, n]. ``capacity`` is int64 [B, K], on the host."""
         scores = self.score.prompt(view)
+        most = min(int(capacity.max()), scores.shape[-1])
+        capacity = capacity.clamp(max=scores.shape[-1]).to(scores.device)
         recent = self.recent + (capacity * self.recent_share).long()
-        protect = view.among_last(recent.amax(1)) | (view.positions < self.sinks)
+        protect = view.among_last(recent) | (view.positions < self.sinks)
         ranked = protected(scores, protect).masked_fill(~view.valid, -torch.inf)
-        most = min(int(capacity.max()), ranked.shape[-1])
         # Pooled scores have plateaus: a stable sort breaks ties by age, whatever the batch and its padding.
         best = ranked.argsort(dim=-1, descending=True, stable=True)[..., :most]
-        within = torch.arange(most, device=best.device) < capacity.to(best.device)[..., None]
+        within = torch.arange(most, device=best.device) < capacity[..., None]
         return torch.zeros_like(view.valid).scatter_(-1, best, within) & view.valid
 
     def victims(self, columns: Mapping[str, Tensor], lengths: Tensor, seen: Tensor, capacity: Tensor) -> Tensor:

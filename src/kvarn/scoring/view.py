@@ -39,8 +39,8 @@ class PromptView:
         return self.query_positions.gather(1, self._last(count))
 
     def among_last(self, counts: Tensor | int) -> Tensor:
-        """Which candidates are among the last ``counts`` ([B] or one number) tokens of their sequence: [B, K, n]."""
-        return self.positions >= (self.seen - counts)[:, None, None]
+        """Which candidates are among the last ``counts`` ([B, K] or one number) tokens of their sequence: [B, K, n]."""
+        return self.positions >= (self.seen[:, None] - counts)[..., None]
 
     def _last(self, count: int) -> Tensor:
         return self.query_positions.argsort(dim=1, stable=True)[:, -min(count, self.query.shape[2]) :]

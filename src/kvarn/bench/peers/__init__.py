@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
+from ...budgets import Budget
 from ...errors import RecipeError
-from ...recipe import Budget
 from ..subjects import Subject
 from .kvpress_client import KvpressSession, KvpressSubject, KvpressWorker
 from .transformers_caches import CACHES, TransformersSession, TransformersSubject

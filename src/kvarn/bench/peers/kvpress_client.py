@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...budgets import Budget
 from ...errors import BudgetError, KvarnError
-from ...recipe import Budget
 from ...spec import ModelSpec
 from ..subjects import Held, System, label
 from .kvpress_worker import receive, send
