@@ -23,6 +23,15 @@ RECIPES = [
     ("snapkv(window=8) + kivi(bits=4, group=16, residual=16)", 0.4),
     ("h2o + kivi(bits=8, group=16, residual=16)", 0.5),
     ("window + kivi(bits=8, group=8, residual=16)", 0.4),
+    ("lazyeviction(threshold=0.01, window=4)", 0.5),
+    ("lazyeviction(threshold=0.01, window=4) + kivi(bits=8, group=8, residual=32)", 0.5),
+    ("scissorhands(history=16, recent=4, drop=0.3)", 0.5),
+    ("scissorhands(history=16, recent=4, drop=0.3) + kivi(bits=8, group=4, residual=16)", 0.5),
+    ("keyformer", 0.5),
+    ("keyformer + kivi(bits=8, group=4, residual=16)", 0.5),
+]
+EVICTING_IN_DECODING = [
+    pair for pair in RECIPES if any((e := m.eviction()) and e.decode for m in kvarn.Recipe.parse(pair[0]).methods)
 ]
 
 
@@ -125,7 +134,7 @@ def test_padding_on_the_right_stores_the_same_entries():
     assert _positions(padded) == _positions(plain)
 
 
-@pytest.mark.parametrize(("recipe", "budget"), [pair for pair in RECIPES if pair[0].startswith(("window", "h2o"))])
+@pytest.mark.parametrize(("recipe", "budget"), EVICTING_IN_DECODING)
 def test_methods_that_evict_in_decoding_hold_the_budget_at_every_step(recipe, budget):
     model = make_tiny("llama")
     cache = kvarn.Cache(model, recipe, budget)

@@ -142,7 +142,7 @@ class LayerGroup:
             positions = self._per_head(step.before).to(self.arena.device)
             columns["position"] = positions.int()
             if observer := self.eviction.observes:
-                columns |= observer.fresh(positions)
+                columns |= observer.fresh(positions, positions)
                 self._decoded = (step.after - self.prompted).to(self.arena.device)
         self.store.open_token(columns)
         lengths = self.store.lengths.view(len(self.numbers), -1)
@@ -180,7 +180,7 @@ class LayerGroup:
         device = self.arena.device
         state = (self.store.lengths, self._per_head(step.after), capacity)
         victims = eviction.victims(self.store.columns.read(heads), *(t[heads].to(device) for t in state))
-        self.store.drop(heads, victims)
+        self.store.drop(heads, victims, eviction.leaving(capacity[heads]))
 
     def _observe(self, observer: ObservingScore, number: int, paid: Paid, step: Step) -> None:
         """Brings the columns of a layer up to date with a decoding step's attention."""
@@ -216,7 +216,11 @@ class LayerGroup:
         """What a score sees; columns are those of ``observer`` before the prompt's queries."""
         step = fresh.step
         positions = step.positions[:, None].expand(-1, self.layer.kv_heads, -1)
-        columns = {"position": positions, **(observer.fresh(positions) if observer else {})}
+        columns = {"position": positions}
+        if observer:
+            observed = step.counts if observer.of_prompt is None else step.counts.clamp(max=observer.of_prompt)
+            first = (step.after - observed).to(positions.device)[:, None, None]
+            columns |= observer.fresh(positions, first)
         if stored is not None:
             old = self._columns(heads)
             columns = {name: torch.cat([old[name], column], 2) for name, column in columns.items()}

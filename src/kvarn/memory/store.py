@@ -296,12 +296,18 @@ class Store:
             self.columns.take(heads, index, counts)
         self.note_spans()
 
-    def drop(self, heads: slice | Tensor, victims: Tensor) -> None:
-        """Removes entries ``victims`` (int64 [R, e], distinct in a row) from each head; the order may change."""
-        if self.keys.settled or self.values.settled:
-            longest = int(self.lengths[heads].max())
-            mask = torch.arange(longest, device=victims.device) < self.lengths[heads].to(victims.device)[:, None]
-            self.keep(heads, mask.scatter(1, victims, False), self.lengths[heads] - victims.shape[1])
+    def drop(self, heads: slice | Tensor, victims: Tensor, counts: Tensor | None = None) -> None:
+        """Removes entries ``victims`` (int64 [R, e], distinct in a row) from each head; the order may change.
+
+        ``counts`` (int64 [R], host): only the first so many of each row.
+        """
+        counts = torch.full_like(self.lengths[heads], victims.shape[1]) if counts is None else counts
+        uneven = bool((counts != victims.shape[1]).any())
+        if uneven or self.keys.settled or self.values.settled:
+            lengths = self.lengths[heads]
+            mask = torch.arange(int(lengths.max()), device=victims.device) < lengths.to(victims.device)[:, None]
+            stays = torch.arange(victims.shape[1]) >= counts[:, None]
+            self.keep(heads, mask.scatter(1, victims, stays.to(victims.device)), lengths - counts)
             return
         self._require_changes(heads)
         for segment in self.segments:

@@ -15,8 +15,9 @@ class Eviction:
     """Keeps the best entries of each head by a score.
 
     Always kept: the first ``sinks`` tokens, the newest ``recent`` ones, and of a capacity of C entries the newest
-    ``recent_share * C``. ``decode``: evicts between decoding steps too, ``interval`` entries at once, so that a head
-    never holds more than C; None: one, or with a format that encodes units of tokens, as many as a unit.
+    ``recent_share * C``. ``decode``: evicts between decoding steps too, ``interval`` entries at once and at least
+    ``interval_share * C``, so that a head never holds more than C; None: one, or with a format that encodes units of
+    tokens, as many as a unit.
     ``default``: entries to keep where the user gives no budget, as a number or, where a float, as a share of the
     prompt's tokens.
     """
@@ -28,6 +29,7 @@ class Eviction:
     recent_share: float = 0.0
     decode: bool = False
     interval: int | None = None
+    interval_share: float = 0.0
 
     @property
     def least(self) -> int:
@@ -46,8 +48,12 @@ class Eviction:
 
     @property
     def at_once(self) -> int:
-        """Entries that leave a full head together."""
+        """The least entries that leave a full head together."""
         return self.interval or 1
+
+    def leaving(self, capacity: Tensor) -> Tensor:
+        """How many entries leave full heads of so many entries (int64, any shape)."""
+        return (capacity * self.interval_share).long().clamp(min=self.at_once)
 
     def keep(self, view: PromptView, capacity: Tensor) -> Tensor:
         """Which candidates stay in a layer, bool [B, K, n]. ``capacity`` is int64 [B, K], on the host."""
@@ -63,14 +69,15 @@ class Eviction:
         return torch.zeros_like(view.valid).scatter_(-1, best, within) & view.valid
 
     def victims(self, columns: Mapping[str, Tensor], lengths: Tensor, seen: Tensor, capacity: Tensor) -> Tensor:
-        """The ``at_once`` entries that leave each head, int64 [R, at_once].
+        """The entries that leave each head, in the order in which they would: int64 [R, the most of ``leaving``].
 
         ``columns`` are [R, n, …]; ``lengths``, ``seen`` (tokens of the sequence) and ``capacity`` are [R].
         """
         positions = columns["position"]
         recent = self.recent + (capacity * self.recent_share).long()
-        recent = recent.minimum(capacity + 1 - self.at_once)
+        leaving = self.leaving(capacity)
+        recent = recent.minimum(capacity + 1 - leaving)
         protect = (positions >= (seen - recent)[:, None]) | (positions < self.sinks)
         beyond = torch.arange(positions.shape[1], device=positions.device) >= lengths[:, None]
         ranked = protected(self.score.stored(columns, seen[:, None]), protect | beyond)
-        return ranked.argsort(dim=-1, stable=True)[:, : self.at_once]
+        return ranked.argsort(dim=-1, stable=True)[:, : int(leaving.max())]

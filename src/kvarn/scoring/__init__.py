@@ -1,6 +1,9 @@
 """How much each entry matters."""
 
 from .observing import AccumulatedMass, ObservingScore
+from .persistence import Persistence
+from .perturbed import PerturbedMass
+from .recurrence import Recurrence
 from .scores import Recency, Score, WindowMass, protected
 from .view import Observation, PromptView
 
@@ -8,8 +11,11 @@ __all__ = [
     "AccumulatedMass",
     "Observation",
     "ObservingScore",
+    "Persistence",
+    "PerturbedMass",
     "PromptView",
     "Recency",
+    "Recurrence",
     "Score",
     "WindowMass",
     "protected",

@@ -3,7 +3,6 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,15 +23,19 @@ class ObservingScore(Score):
     found evicted.
     """
 
-    columns: ClassVar[Mapping[str, ColumnType]]
+    @property
+    @abstractmethod
+    def columns(self) -> Mapping[str, ColumnType]:
+        """The names of the columns, each with its dtype, or its shape and dtype."""
 
     @property
     def of_prompt(self) -> int | None:
         """How many of a prompt's last queries are observed; None: all."""
         return None
 
-    def fresh(self, positions: Tensor) -> dict[str, Tensor]:
-        """The columns of entries at ``positions`` (int64, any shape) before any query has read them; zeros here."""
+    def fresh(self, positions: Tensor, first: Tensor) -> dict[str, Tensor]:
+        """The columns of entries at ``positions`` (int64, any shape), of which the queries from ``first`` on (int64, to
+        be broadcast) are observed; zeros here."""
         kinds = {name: kind if isinstance(kind, tuple) else ((), kind) for name, kind in self.columns.items()}
         return {name: positions.new_zeros((*positions.shape, *s), dtype=d) for name, (s, d) in kinds.items()}
 
@@ -66,7 +69,9 @@ class AccumulatedMass(ObservingScore):
     H2O (arXiv 2306.14048): column sums of the softmax, in fp32, without decay or normalization.
     """
 
-    columns: ClassVar[Mapping[str, ColumnType]] = {"mass": torch.float32}
+    @property
+    def columns(self) -> Mapping[str, ColumnType]:
+        return {"mass": torch.float32}
 
     def observe(self, observation: Observation, columns: Columns) -> dict[str, Tensor]:
         return {"mass": columns["mass"] + observation.paid.mass.mean(2)}
