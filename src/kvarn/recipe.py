@@ -118,21 +118,27 @@ class Recipe:
         """How the budget is divided over heads."""
         return next((policy for m in self.methods if (policy := m.budget())), Uniform())
 
-    def planner(self, spec: ModelSpec, budget: Budget, lengths: list[int], page_size: int = 16) -> Planner:
+    def planner(
+        self, spec: ModelSpec, budget: Budget, lengths: list[int], page_size: int = 16, *, empty: bool = True
+    ) -> Planner:
         """What divides ``budget`` over the heads of sequences of ``lengths`` tokens.
 
         ``budget``: a float is a share of the dense bytes of the same tokens; a string ("64MiB") is bytes for all
-        sequences together; an int is entries a head on average; None leaves it to the method.
+        sequences together; an int is entries a head on average; None leaves it to the method. ``empty``: nothing is
+        stored before the prompt, so that what it will take is known exactly.
         """
         kept = {layer: self.kept(layer) for layer in set(spec.layers)}
         layouts = {layer: self.layout(layer, spec.dtype, page_size) for layer in kept}
         eviction = next((e for layer in spec.layers if (e := self.eviction(layer, spec.dtype))), None)
-        return Planner(str(self), spec, kept, layouts, self.state_bytes(spec), eviction, self.policy, budget, lengths)
+        state = self.state_bytes(spec)
+        return Planner(str(self), spec, kept, layouts, state, eviction, self.policy, budget, lengths, empty)
 
-    def resolve(self, spec: ModelSpec, budget: Budget, lengths: list[int], page_size: int = 16) -> Plan:
+    def resolve(
+        self, spec: ModelSpec, budget: Budget, lengths: list[int], page_size: int = 16, *, empty: bool = True
+    ) -> Plan:
         """The plan for sequences of ``lengths`` tokens under ``budget`` (as for ``planner``); raises BudgetError,
         naming the least."""
-        return self.planner(spec, budget, lengths, page_size).plan()
+        return self.planner(spec, budget, lengths, page_size, empty=empty).plan()
 
     def _sides(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout]:
         layer = self.kept(layer)

@@ -1,5 +1,6 @@
 """All entries of the heads of one group of layers: keys, values and columns, each in segments."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -40,6 +41,25 @@ class SideLayout:
         tail = _segment_bytes(self.dense, tokens - settled, page_size)
         return tail + _segment_bytes(self.format, settled, page_size)
 
+    def most_bytes(self, tokens: Tensor, page_size: int) -> Tensor:
+        """The most bytes that one head of so many tokens can take once it has settled, whatever was appended, evicted
+        and encoded before; never less for more tokens.
+
+        Eviction breaks units and empties tails, so a tail may have any length up to ``hold + block - 1``. Settling
+        removes its front in multiples of ``block``, so its first token may lie anywhere in a page at such a step.
+        """
+        if not self.settles:
+            return self.bytes(tokens, page_size)
+        skipped = page_size - math.gcd(self.block, page_size)
+        longest = self.hold + self.block - 1
+        # The most settles beside k pages of tail where these hold as few tokens as k pages can.
+        first = torch.arange(-skipped, longest, page_size).clamp(min=0)
+        tail = torch.cat([torch.zeros(1, dtype=torch.int64), first[first < longest] + 1])
+        dense = _segment_bytes(self.dense, torch.arange(tail.numel()) * page_size, page_size)
+        settled = (tokens[..., None] - tail) // self.format.unit * self.format.unit
+        total = dense + _segment_bytes(self.format, settled, page_size)
+        return torch.where(settled < 0, 0, total).amax(-1)
+
 
 @dataclass(frozen=True)
 class StoreLayout:
@@ -54,6 +74,19 @@ class StoreLayout:
         """Exact bytes of one head of ``tokens`` entries (int64, any shape) appended at once."""
         total = self.keys.bytes(tokens, self.page_size) + self.values.bytes(tokens, self.page_size)
         return total + _segment_bytes(self.columns, tokens, self.page_size) if self.columns else total
+
+    def most_bytes(self, tokens: Tensor) -> Tensor:
+        """The most bytes that one head of ``tokens`` entries (int64, any shape) takes after any prompts and steps."""
+        total = self.keys.most_bytes(tokens, self.page_size) + self.values.most_bytes(tokens, self.page_size)
+        return total + _segment_bytes(self.columns, tokens, self.page_size) if self.columns else total
+
+    @property
+    def open_bytes(self) -> int:
+        """Bytes of one page of each segment of a head: what a budget may be exceeded by."""
+        one = torch.ones(1, dtype=torch.int64)
+        settled = [side.format for side in (self.keys, self.values) if side.settles]
+        formats = [self.keys.dense, self.values.dense, *settled, *([self.columns] if self.columns else [])]
+        return sum(int(_segment_bytes(fmt, one, self.page_size)) for fmt in formats)
 
 
 def _segment_bytes(fmt: Format, tokens: Tensor, page_size: int) -> Tensor:
