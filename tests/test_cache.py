@@ -20,12 +20,14 @@ RECIPES = [
     ("fastkv(rate=0.3, window=4) + kivi(bits=4, group=16, residual=16)", 0.4),
     ("kivi(bits=4, group=16, residual=16)", None),
     ("mustafar(recent=16)", None),
+    ("think(window=8, recent=16)", None),
     ("gear(bits=4, group=16, block=16)", None),
     ("xquant(bits=4, group=16)", None),
     ("snapkv(window=8) + kivi(bits=4, group=16, residual=16)", 0.4),
     ("snapkv(window=8) + gear(bits=2, group=16, block=16)", 0.6),
     ("h2o + kivi(bits=8, group=16, residual=16)", 0.5),
     ("h2o + mustafar(recent=8)", 0.5),
+    ("snapkv(window=8) + think(window=8, recent=8)", 0.5),
     ("window + kivi(bits=8, group=8, residual=16)", 0.4),
 ]
 

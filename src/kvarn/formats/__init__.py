@@ -5,6 +5,7 @@ from .columns import Columns, ColumnType
 from .corrected import Corrected
 from .dense import Dense
 from .integer import Int
+from .narrow import Narrow
 from .sparse import Sparse
 
-__all__ = ["ColumnType", "Columns", "Corrected", "Dense", "Format", "Int", "Rows", "Sparse"]
+__all__ = ["ColumnType", "Columns", "Corrected", "Dense", "Format", "Int", "Narrow", "Rows", "Sparse"]

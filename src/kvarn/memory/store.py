@@ -92,7 +92,7 @@ class StoreLayout:
 def _segment_bytes(fmt: Format, tokens: Tensor, page_size: int) -> Tensor:
     size = -(-page_size // fmt.unit) * fmt.unit
     pages = (tokens + size - 1) // size
-    return pages * (size // fmt.unit * fmt.unit_bytes + PAGE_OVERHEAD + TABLE_ENTRY) + HEAD_OVERHEAD
+    return pages * (size // fmt.unit * fmt.unit_bytes + PAGE_OVERHEAD + TABLE_ENTRY) + HEAD_OVERHEAD + fmt.state_bytes
 
 
 class Side:
@@ -152,7 +152,7 @@ class Side:
         ripe = self.layout.ripe(counts)
         first = int(ripe.max())
         if first:
-            self.settled.append(heads, self.settled.format.encode(x[:, :first]), ripe)
+            self.settled.append(heads, self.settled.encode(heads, x[:, :first]), ripe)
         rest = counts - ripe
         index = ripe[:, None] + torch.arange(int(rest.max()))
         self.tail.append(heads, self.tail.format.encode(pick(x, index.to(x.device))), rest)
@@ -165,7 +165,7 @@ class Side:
         first = int(ripe.max())
         if not first:
             return
-        self.settled.append(heads, self.settled.format.encode(self._front(heads, first)), ripe)
+        self.settled.append(heads, self.settled.encode(heads, self._front(heads, first)), ripe)
         self.tail.pop_front(heads, ripe)
 
     def read(self, heads: slice | Tensor) -> Tensor:
@@ -245,6 +245,18 @@ class Store:
             yield self.columns
 
     # -- growing ------------------------------------------------------------------------------------------------
+
+    @property
+    def watched(self) -> int:
+        """How many of a prompt's last queries ``observe`` needs; 0: there is nothing to observe."""
+        return max(segment.format.watched for segment in self.segments)
+
+    def observe(self, heads: slice | Tensor, keys: Tensor, values: Tensor, counts: Tensor, queries: Tensor) -> None:
+        """Before ``append`` of a prompt's keys and values: makes the states of formats that have one, in heads where
+        nothing has settled. ``queries`` are the last of the prompt, [R, G, watched, size]."""
+        for side, x in ((self.keys, keys), (self.values, values)):
+            if side.settled and side.settled.state:
+                side.settled.observe(heads, x, counts, queries[:, :, -side.settled.format.watched :])
 
     def append(
         self, heads: slice | Tensor, keys: Tensor, values: Tensor, columns: Mapping[str, Tensor], counts: Tensor
