@@ -28,6 +28,7 @@ RECIPES = [
     ("h2o + kivi(bits=8, group=16, residual=16)", 0.5),
     ("h2o + mustafar(recent=8)", 0.5),
     ("snapkv(window=8) + think(window=8, recent=8)", 0.5),
+    ("snapkv(window=8) + think(ratio=0.5, window=8) + kivi(bits=8, group=8, residual=16)", 0.5),
     ("window + kivi(bits=8, group=8, residual=16)", 0.4),
 ]
 

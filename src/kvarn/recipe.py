@@ -10,7 +10,7 @@ import torch
 from . import rematerialization
 from .budgets import Budget, Policy, Uniform
 from .errors import RecipeError
-from .formats import Columns, Dense
+from .formats import Columns, Dense, Narrow
 from .memory import SideLayout, StoreLayout
 from .methods import METHODS, Method
 from .methods.base import default_of
@@ -22,6 +22,7 @@ from .spec import LayerSpec, ModelSpec
 _DECISIONS = {
     "keep": "what to keep",
     "budget": "how much each head may keep",
+    "channels": "which channels of the keys stay",
     "encode": "in which format",
     "carry": "which tokens go on to later layers",
 }
@@ -142,6 +143,15 @@ class Recipe:
 
     def _sides(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout]:
         layer = self.kept(layer)
+        channels = next((c for m in self.methods if (c := m.channels(layer))), None)
+        if channels is None or layer.window is not None:
+            return self._encoded(layer, dtype)
+        keys, values = self._encoded(replace(layer, key_size=channels.kept), dtype)
+        narrow = Narrow(keys.format, channels.kept, channels.watched, layer.key_size)
+        hold = keys.hold if keys.settles else channels.recent
+        return SideLayout(narrow, Dense(layer.key_size, dtype), hold, keys.block), values
+
+    def _encoded(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout]:
         if layer.window is None:
             for method in self.methods:
                 if sides := method.encoding(layer, dtype):

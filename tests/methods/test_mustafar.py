@@ -79,5 +79,5 @@ def test_bad_parameters(parameters):
 
 def test_head_sizes_that_no_bitmap_fits():
     layer = kvarn.spec.LayerSpec(2, 2, 12, 12, None)
-    with pytest.raises(RecipeError, match="multiple of 8; this model's is 12"):
+    with pytest.raises(RecipeError, match="multiple of 8 numbers; these have 12"):
         Mustafar().encoding(layer, torch.float32)

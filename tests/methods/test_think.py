@@ -88,6 +88,30 @@ def test_a_first_prompt_in_which_nothing_settles_leaves_the_choice_to_the_next()
         assert layer.group.store.keys.settled.state["channels"][head].tolist() == expected
 
 
+def test_with_kivi_what_stays_is_quantized_and_its_tail_is_whole():
+    """The codes are those of KIVI on the channels that stay; the newest keys, short of a block, keep all."""
+    tokens = random_tokens(50)
+    both = OneLayer("think(ratio=0.5) + kivi(bits=4, group=8, residual=16)")
+    both.prompt(*split(tokens, 0, 40))
+    for position in range(40, 50):
+        both.token(*split(tokens, position, position + 1))
+    keys, values = both.keys_and_values()
+    kivi = OneLayer("kivi(bits=4, group=8, residual=16)")
+    kivi.prompt(*tokens)
+    own_keys, own_values = kivi.keys_and_values()
+    assert torch.equal(values, own_values)
+    for head in range(KV_HEADS):
+        channels = naive_channels(grouped(tokens[0])[head, :, :40], tokens[1][0, head, :40], 0.5, 32)
+        assert torch.equal(keys[head], narrowed(own_keys[head], channels, 48))
+
+
+def test_a_width_that_the_format_cannot_pack():
+    with pytest.raises(RecipeError, match="multiple of 8 numbers; these have 10"):
+        OneLayer("think + kivi(group=8)")
+    with pytest.raises(RecipeError, match="both decide which channels of the keys stay"):
+        kvarn.Recipe.parse("xquant + think")
+
+
 def test_planted_channels_go():
     query, keys, values = random_tokens(30)
     planted = [1, 4, 6, 9, 11, 15]

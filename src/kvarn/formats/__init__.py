@@ -5,7 +5,7 @@ from .columns import Columns, ColumnType
 from .corrected import Corrected
 from .dense import Dense
 from .integer import Int
-from .narrow import Narrow
+from .narrow import Channels, Narrow
 from .sparse import Sparse
 
-__all__ = ["ColumnType", "Columns", "Corrected", "Dense", "Format", "Int", "Narrow", "Rows", "Sparse"]
+__all__ = ["Channels", "ColumnType", "Columns", "Corrected", "Dense", "Format", "Int", "Narrow", "Rows", "Sparse"]

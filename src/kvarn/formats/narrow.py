@@ -1,6 +1,7 @@
 """Vectors with channels left out, the same in all tokens of a head."""
 
 from copy import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,8 +9,19 @@ from torch import Tensor
 from .base import Format, Rows
 
 
+@dataclass(frozen=True)
+class Channels:
+    """How many channels of the keys stay, judged by the last ``watched`` queries of a prompt. The newest ``recent``
+    keys keep all, or those that the format of the others leaves dense."""
+
+    kept: int
+    watched: int
+    recent: int
+
+
 class Narrow(Format):
-    """The ``kept`` channels of each head that matter most to the queries of its prompt; the others read as 0.
+    """The channels of each head that matter most to the queries of its prompt, as vectors of ``kept`` numbers in the
+    format ``inner``; the others read as 0.
 
     A channel's score is the sum of its squares over the last ``watched`` queries of the prompt and all query heads of
     the KV head, times the sum of its squares over the tokens that the prompt leaves: the squared Frobenius norm of what
@@ -18,10 +30,10 @@ class Narrow(Format):
 
     _channels: Tensor  # int64 [R, kept], ascending, of the heads that the format was given
 
-    def __init__(self, kept: int, watched: int, size: int, dtype: torch.dtype):
-        self.kept, self.watched, self.size = kept, watched, size
-        self.name = f"narrow{kept}/{size}"
-        self.layout = {"numbers": ((kept,), dtype)}
+    def __init__(self, inner: Format, kept: int, watched: int, size: int):
+        self.inner, self.kept, self.watched, self.size = inner, kept, watched, size
+        self.unit, self.layout = inner.unit, inner.layout
+        self.name = f"narrow{kept}/{size} {inner.name}"
         self.state = {"channels": ((kept,), torch.int16)}
 
     def observe(self, x: Tensor, held: Tensor, queries: Tensor) -> Rows:
@@ -36,10 +48,10 @@ class Narrow(Format):
         return bound
 
     def encode(self, x: Tensor) -> Rows:
-        return {"numbers": x.gather(-1, self._places(x.shape[1]))}
+        return self.inner.encode(x.gather(-1, self._places(x.shape[1])))
 
     def decode(self, rows: Rows) -> Tensor:
-        numbers = rows["numbers"]
+        numbers = self.inner.decode(rows)
         wide = numbers.new_zeros((*numbers.shape[:-1], self.size))
         return wide.scatter_(-1, self._places(numbers.shape[1]), numbers)
 

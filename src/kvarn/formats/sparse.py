@@ -16,7 +16,7 @@ class Sparse(Format):
 
     def __init__(self, kept: int, size: int, dtype: torch.dtype):
         if size % 8:
-            raise RecipeError(f"bitmaps need a head size that is a multiple of 8; this model's is {size}")
+            raise RecipeError(f"bitmaps need vectors of a multiple of 8 numbers; these have {size}")
         self.kept, self.size = kept, size
         self.name = f"sparse{kept}/{size}"
         self.layout = {"bitmap": ((packed_size(size, 1),), torch.uint8), "numbers": ((kept,), dtype)}

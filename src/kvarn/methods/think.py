@@ -2,11 +2,8 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from ..errors import RecipeError
-from ..formats import Dense, Narrow
-from ..memory import SideLayout
+from ..formats import Channels
 from ..spec import LayerSpec
 from .base import Method
 
@@ -17,7 +14,8 @@ class ThinK(Method):
     of the prompt; the newest ``recent`` keys and all values stay whole.
 
     The first prompt chooses the channels, from the keys that it leaves in the cache. Later keys lose the same channels
-    when they are no longer among the newest. Prompts are attended to exactly.
+    when they are no longer among the newest. Prompts are attended to exactly. With a method that encodes keys, the keys
+    that it leaves dense stay whole, in place of the newest ``recent``.
     """
 
     ratio: float = 0.4
@@ -36,8 +34,6 @@ class ThinK(Method):
         if self.window < 1 or self.recent < 0:
             raise RecipeError(f"{self}: needs window >= 1 and recent >= 0")
 
-    def encoding(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout]:
-        keys, values = Dense(layer.key_size, dtype), Dense(layer.value_size, dtype)
+    def channels(self, layer: LayerSpec) -> Channels | None:
         pruned = int(self.ratio * layer.key_size)
-        narrow = Narrow(layer.key_size - pruned, self.window, layer.key_size, dtype) if pruned else keys
-        return SideLayout(narrow, keys, hold=self.recent), SideLayout(values, values)
+        return Channels(layer.key_size - pruned, self.window, self.recent) if pruned else None
