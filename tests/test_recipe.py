@@ -207,9 +207,15 @@ HEADS = 8  # KV heads of SPEC in all
 
 
 def open_pages(recipe: Recipe, spec: ModelSpec, page_size: int) -> int:
-    """One page for each head and everything that it holds, as one entry takes it."""
-    one = torch.tensor(1)
-    return sum(x.kv_heads * int(recipe.layout(x, spec.dtype, page_size).bytes(one)) for x in spec.layers)
+    """One page for each head and each segment that it has."""
+    total = 0
+    for layer in spec.layers:
+        layout = recipe.layout(layer, spec.dtype, page_size)
+        for fmt in {id(f): f for side in (layout.keys, layout.values) for f in (side.dense, side.format)}.values():
+            units = -(-page_size // fmt.unit)
+            total += layer.kv_heads * (units * fmt.unit_bytes + 12 + 16)
+        total += layer.kv_heads * (page_size * layout.columns.unit_bytes + 12 + 16 if layout.columns else 0)
+    return total
 
 
 @settings(max_examples=30)
@@ -238,11 +244,12 @@ def test_shares_are_kept_to_and_more_gives_no_less(
     if plan.entries[0] > eviction.least:
         assert plan.bytes[0] <= plan.allowed[0]
     if eviction.decode and plan.entries[0] > eviction.least:
-        # Every smaller number fits, since heads pass through them; formats in blocks may take less again further on.
+        # Whatever state a head is in while it holds so many or fewer.
         numbers, total = torch.arange(1, plan.entries[0] + 2), 0
         for layer in spec.layers:
             kept = numbers if layer.window is None else torch.tensor(layer.kept_dense(length))
-            total = total + layer.kv_heads * recipe.layout(layer, spec.dtype, page_size).bytes(kept)
+            layout = recipe.layout(layer, spec.dtype, page_size)
+            total = total + layer.kv_heads * (layout.most_bytes if layer.window is None else layout.bytes)(kept)
         assert int(total[:-1].max()) <= plan.allowed[0]
         assert int(total.max()) > plan.allowed[0] or plan.entries[0] >= 4096, "one entry more would not fit"
 
@@ -402,6 +409,49 @@ def test_decoding_stays_within_the_budget(name: str, text: str, budget: object, 
                 assert max(sequence) <= (most if spec.window is None else spec.window - 1)
         run(model, cache, ids[:, i : i + 1], mask[:, : length + i + 1])
     assert cache.plan is plan
+
+
+formats_in_blocks = st.builds(
+    lambda bits, group, blocks: KIVI(bits, group, group * blocks),
+    st.sampled_from([2, 4, 8]),
+    st.sampled_from([4, 8, 16]),
+    st.integers(1, 4),
+)
+evictors = st.sampled_from([SnapKV(window=8), H2O(), H2O(interval=1), H2O(interval=5), Window(), Window(sinks=0)])
+
+
+@settings(max_examples=10)
+@given(
+    evictors,
+    formats_in_blocks,
+    st.floats(0.25, 0.9),
+    st.tuples(st.integers(20, 120), st.integers(0, 12), st.integers(2, 60), st.integers(0, 12)),
+    st.sampled_from([1, 3, 8, 16]),
+)
+def test_budgets_hold_in_formats_of_blocks(
+    evictor: Method, encoder: Method, budget: float, lengths: tuple[int, int, int, int], page_size: int
+) -> None:
+    """Over a prompt, tokens, a second prompt and more tokens; SnapKV grows by no more than the new tokens."""
+    model = MODELS["llama"]
+    cache = kvarn.Cache(model, evictor + encoder, budget, page_size=page_size)
+    layer = cache.recipe.layout(cache.spec.layers[0], cache.spec.dtype, page_size)
+    for turn, count in enumerate(lengths):
+        for part in [count] if turn % 2 == 0 else [1] * count:
+            try:
+                run(model, cache, tokens(1, part))
+            except BudgetError:
+                return
+            report, plan = cache.report(), cache.plan
+            heads = torch.tensor(report.entries)
+            assert report.bytes <= int(layer.most_bytes(heads).sum())
+            if turn % 2 and not evictor.eviction().decode:
+                continue
+            assert report.bytes <= plan.allowed[0] + open_pages(cache.recipe, cache.spec, page_size)
+            least = min(cache.recipe.eviction(cache.spec.layers[0], cache.spec.dtype).least, report.tokens[0])
+            if plan.entries[0] > least:
+                assert report.bytes <= plan.allowed[0]
+            if turn % 2 == 0:
+                assert report.bytes <= plan.bytes[0]
 
 
 def test_every_tiny_model_has_a_plan() -> None:

@@ -249,7 +249,7 @@ class Cache(TransformersCache):
         self._tokens = tokens
 
     def _resolve(self, step: Step) -> Plan:
-        return self.recipe.resolve(self.spec, self.budget, step.after.tolist(), self.page_size)
+        return self.recipe.resolve(self.spec, self.budget, step.after.tolist(), self.page_size, empty=not self._groups)
 
     @property
     def _last_whole_layer(self) -> int:

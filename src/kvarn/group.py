@@ -301,7 +301,18 @@ class LayerGroup:
             values = values.gather(2, index[..., None].expand(-1, -1, -1, values.shape[3]))
             columns = {name: _gathered(column, index) for name, column in columns.items()}
         rows = {name: column.flatten(0, 1) for name, column in columns.items()}
-        self.store.append(heads, keys.flatten(0, 1), values.flatten(0, 1), rows, counts)
+        new = keys.flatten(0, 1), values.flatten(0, 1)
+        if watched := self.store.watched:
+            self.store.observe(heads, *new, counts, self._last_queries(fresh, watched))
+        self.store.append(heads, *new, rows, counts)
+
+    def _last_queries(self, fresh: Fresh, count: int) -> Tensor:
+        """The last ``count`` real queries of a prompt, zero where there are fewer: [B * K, G, count, D]."""
+        positions, index = fresh.step.positions.sort(dim=1, stable=True)
+        rows = index[:, None, -count:, None].expand(-1, fresh.query.shape[1], -1, fresh.query.shape[3])
+        real = positions[:, None, -count:, None] >= 0
+        last = fresh.query.gather(2, rows).masked_fill(~real, 0)
+        return last.unflatten(1, (self.layer.kv_heads, -1)).flatten(0, 1)
 
     def _rows(self, heads: slice, fresh: Fresh) -> tuple[Tensor, Tensor]:
         """What the store keeps of new tokens, [B, K, q, size] each."""

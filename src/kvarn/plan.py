@@ -20,7 +20,8 @@ class Plan:
     ``capacity`` (int64 [layers, B, K], on the host): the entries that each KV head may hold, ``UNBOUNDED`` where it
     keeps everything (layers with a sliding window always do). For each sequence: ``entries``, the mean of that over the
     heads of full-attention layers, with all tokens of the prompt where a head is unbounded; ``bytes``, what all heads
-    take at the end of the prompt; ``allowed``, the bytes that the budget allows (None: no budget in bytes).
+    take at the end of the prompt, or the most that they can take where something was stored before it; ``allowed``, the
+    bytes that the budget allows (None: no budget in bytes).
     """
 
     capacity: Tensor
@@ -34,7 +35,8 @@ class Planner:
     """Divides a budget over the heads of sequences of ``lengths`` tokens, as ``policy`` wants it.
 
     ``kept`` and ``layouts`` say how each kind of layer is stored, ``state_bytes`` what is kept besides, whatever the
-    tokens; ``eviction`` is None where everything is kept; ``name`` is the recipe, for errors.
+    tokens; ``eviction`` is None where everything is kept; ``name`` is the recipe, for errors. ``empty``: nothing is
+    stored yet, so that it is known in which formats a prompt will lie.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Planner:
     policy: Policy
     budget: Budget
     lengths: list[int]
+    empty: bool
 
     def plan(self) -> Plan:
         """Raises BudgetError, naming the least, where the budget cannot be met."""
@@ -92,13 +95,14 @@ class Planner:
         longest = int(self.heads.lengths.max())
         most = max(longest, self.spec.max_positions or 0) if eviction.decode else longest
         entries = torch.arange(most + 1)
-        if eviction.decode:
-            # Every smaller number is paid for too, because heads pass through them while they grow.
-            tables = {layer: self.layouts[layer].bytes(entries).cummax(0).values[None] for layer in self._acted_on}
+        held = torch.minimum(entries, self.heads.lengths[:, None])
+        if eviction.decode or not self.empty:
+            # Heads pass through smaller numbers while they grow, and blocks break: the most that they can take counts.
+            held = entries[None] if eviction.decode else held
+            tables = {layer: self.layouts[layer].most_bytes(held) for layer in self._acted_on}
             better = dict.fromkeys(self._acted_on, entries[None])
         else:
             # Formats in blocks may take less for more entries; then the head holds those.
-            held = torch.minimum(entries, self.heads.lengths[:, None])
             raw = {layer: self.layouts[layer].bytes(held) for layer in self._acted_on}
             least = {layer: costs.flip(1).cummin(1) for layer, costs in raw.items()}
             tables = {layer: found.values.flip(1) for layer, found in least.items()}
@@ -137,7 +141,7 @@ class Planner:
             self._require(self._bytes(everything), _Price("bytes", longest, allowed, {}, {}))
 
     def _require(self, needed: Tensor, price: "_Price") -> None:
-        """An open page a head is beyond a budget in bytes; anything more is an error."""
+        """An open page of each segment of a head is beyond a budget in bytes; anything more is an error."""
         spare = self._open_pages if price.unit == "bytes" else 0
         short = torch.nonzero(needed > price.allowed + spare).flatten().tolist()
         if not short:
@@ -174,10 +178,13 @@ class Planner:
         return {layer: torch.tensor([other == layer for other in self.spec.layers]) for layer in full}
 
     def _bytes(self, entries: Tensor) -> Tensor:
-        """Bytes of full-attention layers whose heads hold ``entries`` ([layers, B, K]): int64 [B]."""
+        """Bytes of full-attention layers whose heads hold ``entries`` ([layers, B, K]): int64 [B]; the most that they
+        can take where evictions before have left the formats in a state that is not known."""
+        exact = self.empty or self.eviction is None
         total = torch.zeros_like(self.heads.lengths)
         for layer, rows in self._acted_on.items():
-            total = total + self.layouts[layer].bytes(entries[rows]).sum((0, 2))
+            layout = self.layouts[layer]
+            total = total + (layout.bytes if exact else layout.most_bytes)(entries[rows]).sum((0, 2))
         return total
 
     @cached_property
@@ -192,8 +199,7 @@ class Planner:
 
     @cached_property
     def _open_pages(self) -> int:
-        one = torch.ones((), dtype=torch.int64)
-        return sum(self.kept[layer].kv_heads * int(self.layouts[layer].bytes(one)) for layer in self.spec.layers)
+        return sum(self.kept[layer].kv_heads * self.layouts[layer].open_bytes for layer in self.spec.layers)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import torch
 from . import rematerialization
 from .budgets import Budget, Policy, Uniform
 from .errors import RecipeError
-from .formats import Columns, Dense
+from .formats import Columns, Dense, Narrow
 from .memory import SideLayout, StoreLayout
 from .methods import METHODS, Method
 from .methods.base import default_of
@@ -22,6 +22,7 @@ from .spec import LayerSpec, ModelSpec
 _DECISIONS = {
     "keep": "what to keep",
     "budget": "how much each head may keep",
+    "channels": "which channels of the keys stay",
     "encode": "in which format",
     "carry": "which tokens go on to later layers",
 }
@@ -118,24 +119,39 @@ class Recipe:
         """How the budget is divided over heads."""
         return next((policy for m in self.methods if (policy := m.budget())), Uniform())
 
-    def planner(self, spec: ModelSpec, budget: Budget, lengths: list[int], page_size: int = 16) -> Planner:
+    def planner(
+        self, spec: ModelSpec, budget: Budget, lengths: list[int], page_size: int = 16, *, empty: bool = True
+    ) -> Planner:
         """What divides ``budget`` over the heads of sequences of ``lengths`` tokens.
 
         ``budget``: a float is a share of the dense bytes of the same tokens; a string ("64MiB") is bytes for all
-        sequences together; an int is entries a head on average; None leaves it to the method.
+        sequences together; an int is entries a head on average; None leaves it to the method. ``empty``: nothing is
+        stored before the prompt, so that what it will take is known exactly.
         """
         kept = {layer: self.kept(layer) for layer in set(spec.layers)}
         layouts = {layer: self.layout(layer, spec.dtype, page_size) for layer in kept}
         eviction = next((e for layer in spec.layers if (e := self.eviction(layer, spec.dtype))), None)
-        return Planner(str(self), spec, kept, layouts, self.state_bytes(spec), eviction, self.policy, budget, lengths)
+        state = self.state_bytes(spec)
+        return Planner(str(self), spec, kept, layouts, state, eviction, self.policy, budget, lengths, empty)
 
-    def resolve(self, spec: ModelSpec, budget: Budget, lengths: list[int], page_size: int = 16) -> Plan:
+    def resolve(
+        self, spec: ModelSpec, budget: Budget, lengths: list[int], page_size: int = 16, *, empty: bool = True
+    ) -> Plan:
         """The plan for sequences of ``lengths`` tokens under ``budget`` (as for ``planner``); raises BudgetError,
         naming the least."""
-        return self.planner(spec, budget, lengths, page_size).plan()
+        return self.planner(spec, budget, lengths, page_size, empty=empty).plan()
 
     def _sides(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout]:
         layer = self.kept(layer)
+        channels = next((c for m in self.methods if (c := m.channels(layer))), None)
+        if channels is None or layer.window is not None:
+            return self._encoded(layer, dtype)
+        keys, values = self._encoded(replace(layer, key_size=channels.kept), dtype)
+        narrow = Narrow(keys.format, channels.kept, channels.watched, layer.key_size)
+        hold = keys.hold if keys.settles else channels.recent
+        return SideLayout(narrow, Dense(layer.key_size, dtype), hold, keys.block), values
+
+    def _encoded(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout]:
         if layer.window is None:
             for method in self.methods:
                 if sides := method.encoding(layer, dtype):

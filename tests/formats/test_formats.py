@@ -182,7 +182,7 @@ def test_a_large_key_channel_costs_per_token_formats_far_more() -> None:
         (1, 16, 8, "token", "bits=1: use 2, 3, 4 or 8"),
         (5, 16, 8, "token", "bits=5: use 2, 3, 4 or 8"),
         (16, 16, 8, "channel", "bits=16"),
-        (2, 12, 4, "channel", "multiple of 8; this model's is 12"),
+        (2, 12, 4, "channel", "multiple of 8 numbers; these have 12"),
         (2, 24, 16, "token", "group=16 does not divide the head size 24"),
     ],
 )

@@ -15,7 +15,19 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from kvarn.memory import Arena, Store
-from store_model import CPU, LAYOUTS, Contents, Entry, check_lengths, check_pages, check_settled, layout, vectors
+from kvarn.memory.segment import HEAD_OVERHEAD, TABLE_ENTRY
+from store_model import (
+    CPU,
+    LAYOUTS,
+    Contents,
+    Entry,
+    check_lengths,
+    check_pages,
+    check_settled,
+    held_pages,
+    layout,
+    vectors,
+)
 
 HEADS = 3
 STEP = 2.1 / 255  # of int8 over values in [-1, 1], somewhat widened by encoding what was decoded
@@ -200,6 +212,17 @@ class Driven(RuleBasedStateMachine):
     @invariant()
     def pages_have_owners(self) -> None:
         check_pages(self.arena, self.stores)
+
+    @invariant()
+    def bytes_are_within_the_most(self) -> None:
+        for store in self.stores:
+            if self.dense or any(side.layout.ripe(side.tail.lengths).any() for side in (store.keys, store.values)):
+                continue
+            held = torch.zeros(HEADS, dtype=torch.int64)
+            for segment in store.segments:
+                pages = torch.tensor(list(map(len, held_pages(segment))))
+                held += pages * (segment.pool.page_bytes + TABLE_ENTRY) + HEAD_OVERHEAD
+            assert bool((held <= store.layout.most_bytes(store.lengths)).all())
 
     @invariant()
     def contents_are_the_models(self) -> None:

@@ -2,7 +2,10 @@
 
 from .base import Format, Rows
 from .columns import Columns, ColumnType
+from .corrected import Corrected
 from .dense import Dense
 from .integer import Int
+from .narrow import Channels, Narrow
+from .sparse import Sparse
 
-__all__ = ["ColumnType", "Columns", "Dense", "Format", "Int", "Rows"]
+__all__ = ["Channels", "ColumnType", "Columns", "Corrected", "Dense", "Format", "Int", "Narrow", "Rows", "Sparse"]

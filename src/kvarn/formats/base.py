@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -15,11 +16,27 @@ class Format(ABC):
 
     A unit is the least that can be encoded or decoded alone: one token for most formats, a group of tokens where they
     share scales. ``layout`` names the tensors of one unit with shape and dtype; the memory stores exactly these.
+
+    What all units of a head share and a prompt decides is the head's ``state``, laid out alike: ``observe`` makes it,
+    from the last ``watched`` queries too, and ``given`` binds the format to it. What a block shares belongs in its
+    rows, and what a model or a layer shares in the format itself.
     """
 
     unit: int = 1
     name: str
     layout: Layout
+    state: Layout = MappingProxyType({})
+    watched: int = 0
+
+    def observe(self, x: Tensor, held: Tensor, queries: Tensor) -> Rows:
+        """The state of R heads, tensors of [R, *shape], made of the tokens that a prompt leaves in them: ``x`` is [R,
+        n, size], of which those in ``held`` (bool [R, n]) exist; ``queries`` are [R, G, watched, size], zero where the
+        prompt had fewer."""
+        return {}
+
+    def given(self, state: Rows) -> "Format":
+        """This format for heads of ``state`` (tensors of [R, *shape]); ``x`` then is [R, tokens, size]."""
+        return self
 
     @abstractmethod
     def encode(self, x: Tensor) -> Rows:
@@ -32,9 +49,18 @@ class Format(ABC):
     @property
     def unit_bytes(self) -> int:
         """Exact bytes of one unit, scales and other metadata included."""
-        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.layout.values())
+        return _bytes(self.layout)
+
+    @property
+    def state_bytes(self) -> int:
+        """Exact bytes of the state of one head."""
+        return _bytes(self.state)
 
     @property
     def key(self) -> tuple:
         """Formats with equal keys can share a pool."""
         return (self.name, self.unit, tuple(sorted((k, s, str(d)) for k, (s, d) in self.layout.items())))
+
+
+def _bytes(layout: Layout) -> int:
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values())

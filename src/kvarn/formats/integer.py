@@ -24,7 +24,7 @@ class Int(Format):
         if bits not in FIELDS or bits == 1:
             raise RecipeError(f"bits={bits}: use 2, 3, 4 or 8")
         if size % 8:
-            raise RecipeError(f"integer formats need a head size that is a multiple of 8; this model's is {size}")
+            raise RecipeError(f"integer formats need vectors of a multiple of 8 numbers; these have {size}")
         self.bits, self.axis, self.size, self.dtype = bits, axis, size, dtype
         self.name = f"int{bits}/{axis}"
         packed = packed_size(size, bits)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheMismatch
-from ..formats import Rows
+from ..formats import Format, Rows
 from .pool import Pool
 
 TABLE_ENTRY = 4  # bytes of one page id in a page table
@@ -26,6 +26,10 @@ class Segment:
         self.table = torch.zeros((heads, 0), dtype=torch.int32)
         self.starts = torch.zeros(heads, dtype=torch.int64)
         self.lengths = torch.zeros(heads, dtype=torch.int64)
+        self.state = {
+            name: torch.zeros((heads, *shape), dtype=dtype, device=pool.device)
+            for name, (shape, dtype) in self.format.state.items()
+        }
         self._device_pages: dict[tuple[int, int, int], Tensor] = {}
         self._span: tuple[int, int] | None = None  # start and length, where known to be the same for all heads
 
@@ -37,13 +41,13 @@ class Segment:
 
     @property
     def bookkeeping_bytes(self) -> int:
-        """Bytes of starts, lengths and the part of the page table that is in use."""
-        return self.pages_held(slice(None)) * TABLE_ENTRY + self.lengths.numel() * HEAD_OVERHEAD
+        """Bytes of starts, lengths, states and the part of the page table that is in use."""
+        return self.pages_held(slice(None)) * TABLE_ENTRY + self._head_bytes
 
     @property
     def reserved_bookkeeping_bytes(self) -> int:
-        """Bytes of starts, lengths and the page table, which is as wide as its longest head."""
-        return self.table.numel() * TABLE_ENTRY + self.lengths.numel() * HEAD_OVERHEAD
+        """Bytes of starts, lengths, states and the page table, which is as wide as its longest head."""
+        return self.table.numel() * TABLE_ENTRY + self._head_bytes
 
     # -- growing ------------------------------------------------------------------------------------------------
 
@@ -161,7 +165,21 @@ class Segment:
 
     def decode(self, heads: slice | Tensor, limit: int | None = None) -> Tensor:
         """The tokens of each head as vectors, [R, longest, size], in the model's dtype; ``limit`` as in ``read``."""
-        return self.format.decode(self.read(heads, limit))
+        return self._format(heads).decode(self.read(heads, limit))
+
+    # -- encoding -----------------------------------------------------------------------------------------------
+
+    def observe(self, heads: slice | Tensor, x: Tensor, counts: Tensor, queries: Tensor) -> None:
+        """Makes the state of heads that are empty: what they will hold is encoded by it (see ``Format.observe``)."""
+        held = torch.arange(x.shape[1]) < counts[:, None]
+        empty = (self.lengths[heads] == 0).to(x.device)
+        for name, new in self.format.observe(x, held.to(x.device), queries).items():
+            old = self.state[name]
+            old[heads] = torch.where(empty.view(-1, *[1] * (new.dim() - 1)), new, old[heads])
+
+    def encode(self, heads: slice | Tensor, x: Tensor) -> Rows:
+        """Tokens of these heads ([R, tokens, size]) in the format."""
+        return self._format(heads).encode(x)
 
     # -- shrinking and changing ---------------------------------------------------------------------------------
 
@@ -185,7 +203,8 @@ class Segment:
         if self.unit == 1:
             self.rewrite(heads, {name: pick(t, index) for name, t in old.items()}, counts)
             return
-        new = self.format.encode(pick(self.format.decode(old), index))
+        fmt = self._format(heads)
+        new = fmt.encode(pick(fmt.decode(old), index))
         groups = index.unflatten(1, (-1, self.unit))
         whole = groups[..., :1] // self.unit * self.unit + torch.arange(self.unit, device=index.device)
         same = (groups == whole).all(-1)
@@ -243,7 +262,7 @@ class Segment:
         """Encodes anew, from ``x`` ([R, longest, size]), units with a ``touched`` token (bool [R, longest])."""
         self._own(heads)
         old, counts = self.read(heads), self.lengths[heads]
-        new = self.format.encode(x)
+        new = self.encode(heads, x)
         units = touched.unflatten(1, (-1, self.unit)).any(2)
         rows = {name: torch.where(_expand(units, t), t, old[name]) for name, t in new.items()}
         self.write(heads, torch.zeros_like(counts), rows, counts)
@@ -278,6 +297,8 @@ class Segment:
         self._resize(ids, source.lengths[others])
         held = self._held(ids)
         self.pool.share(self.table[ids][torch.arange(self.table.shape[1]) < held[:, None]])
+        for name, state in self.state.items():
+            state[ids] = source.state[name][others]
         self._device_pages.clear()
 
     def free(self, heads: slice | Tensor) -> None:
@@ -290,6 +311,15 @@ class Segment:
 
     def _ids(self, heads: slice | Tensor) -> Tensor:
         return torch.arange(self.lengths.numel())[heads] if isinstance(heads, slice) else heads
+
+    @property
+    def _head_bytes(self) -> int:
+        return self.lengths.numel() * (HEAD_OVERHEAD + self.format.state_bytes)
+
+    def _format(self, heads: slice | Tensor) -> Format:
+        return (
+            self.format.given({name: state[heads] for name, state in self.state.items()}) if self.state else self.format
+        )
 
     def _resize(self, heads: slice | Tensor, lengths: Tensor) -> None:
         self.lengths[heads] = lengths

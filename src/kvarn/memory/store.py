@@ -1,5 +1,6 @@
 """All entries of the heads of one group of layers: keys, values and columns, each in segments."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -40,6 +41,25 @@ class SideLayout:
         tail = _segment_bytes(self.dense, tokens - settled, page_size)
         return tail + _segment_bytes(self.format, settled, page_size)
 
+    def most_bytes(self, tokens: Tensor, page_size: int) -> Tensor:
+        """The most bytes that one head of so many tokens can take once it has settled, whatever was appended, evicted
+        and encoded before; never less for more tokens.
+
+        Eviction breaks units and empties tails, so a tail may have any length up to ``hold + block - 1``. Settling
+        removes its front in multiples of ``block``, so its first token may lie anywhere in a page at such a step.
+        """
+        if not self.settles:
+            return self.bytes(tokens, page_size)
+        skipped = page_size - math.gcd(self.block, page_size)
+        longest = self.hold + self.block - 1
+        # The most settles beside k pages of tail where these hold as few tokens as k pages can.
+        first = torch.arange(-skipped, longest, page_size).clamp(min=0)
+        tail = torch.cat([torch.zeros(1, dtype=torch.int64), first[first < longest] + 1])
+        dense = _segment_bytes(self.dense, torch.arange(tail.numel()) * page_size, page_size)
+        settled = (tokens[..., None] - tail) // self.format.unit * self.format.unit
+        total = dense + _segment_bytes(self.format, settled, page_size)
+        return torch.where(settled < 0, 0, total).amax(-1)
+
 
 @dataclass(frozen=True)
 class StoreLayout:
@@ -55,11 +75,24 @@ class StoreLayout:
         total = self.keys.bytes(tokens, self.page_size) + self.values.bytes(tokens, self.page_size)
         return total + _segment_bytes(self.columns, tokens, self.page_size) if self.columns else total
 
+    def most_bytes(self, tokens: Tensor) -> Tensor:
+        """The most bytes that one head of ``tokens`` entries (int64, any shape) takes after any prompts and steps."""
+        total = self.keys.most_bytes(tokens, self.page_size) + self.values.most_bytes(tokens, self.page_size)
+        return total + _segment_bytes(self.columns, tokens, self.page_size) if self.columns else total
+
+    @property
+    def open_bytes(self) -> int:
+        """Bytes of one page of each segment of a head: what a budget may be exceeded by."""
+        one = torch.ones(1, dtype=torch.int64)
+        settled = [side.format for side in (self.keys, self.values) if side.settles]
+        formats = [self.keys.dense, self.values.dense, *settled, *([self.columns] if self.columns else [])]
+        return sum(int(_segment_bytes(fmt, one, self.page_size)) for fmt in formats)
+
 
 def _segment_bytes(fmt: Format, tokens: Tensor, page_size: int) -> Tensor:
     size = -(-page_size // fmt.unit) * fmt.unit
     pages = (tokens + size - 1) // size
-    return pages * (size // fmt.unit * fmt.unit_bytes + PAGE_OVERHEAD + TABLE_ENTRY) + HEAD_OVERHEAD
+    return pages * (size // fmt.unit * fmt.unit_bytes + PAGE_OVERHEAD + TABLE_ENTRY) + HEAD_OVERHEAD + fmt.state_bytes
 
 
 class Side:
@@ -119,7 +152,7 @@ class Side:
         ripe = self.layout.ripe(counts)
         first = int(ripe.max())
         if first:
-            self.settled.append(heads, self.settled.format.encode(x[:, :first]), ripe)
+            self.settled.append(heads, self.settled.encode(heads, x[:, :first]), ripe)
         rest = counts - ripe
         index = ripe[:, None] + torch.arange(int(rest.max()))
         self.tail.append(heads, self.tail.format.encode(pick(x, index.to(x.device))), rest)
@@ -132,7 +165,7 @@ class Side:
         first = int(ripe.max())
         if not first:
             return
-        self.settled.append(heads, self.settled.format.encode(self._front(heads, first)), ripe)
+        self.settled.append(heads, self.settled.encode(heads, self._front(heads, first)), ripe)
         self.tail.pop_front(heads, ripe)
 
     def read(self, heads: slice | Tensor) -> Tensor:
@@ -212,6 +245,18 @@ class Store:
             yield self.columns
 
     # -- growing ------------------------------------------------------------------------------------------------
+
+    @property
+    def watched(self) -> int:
+        """How many of a prompt's last queries ``observe`` needs; 0: there is nothing to observe."""
+        return max(segment.format.watched for segment in self.segments)
+
+    def observe(self, heads: slice | Tensor, keys: Tensor, values: Tensor, counts: Tensor, queries: Tensor) -> None:
+        """Before ``append`` of a prompt's keys and values: makes the states of formats that have one, in heads where
+        nothing has settled. ``queries`` are the last of the prompt, [R, G, watched, size]."""
+        for side, x in ((self.keys, keys), (self.values, values)):
+            if side.settled and side.settled.state:
+                side.settled.observe(heads, x, counts, queries[:, :, -side.settled.format.watched :])
 
     def append(
         self, heads: slice | Tensor, keys: Tensor, values: Tensor, columns: Mapping[str, Tensor], counts: Tensor

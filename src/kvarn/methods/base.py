@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..budgets import Policy
+from ..formats import Channels
 from ..memory import SideLayout
 from ..prefill import Propagation
 from ..reduction import Eviction
@@ -20,8 +21,8 @@ class Method:
     """One published system. Its dataclass fields are its parameters, with the paper's defaults.
 
     A method answers for the decisions it makes and leaves the others alone: ``eviction`` and ``rows`` what to keep,
-    ``budget`` how much in each head, ``encoding`` in which format, ``propagation`` which tokens of a prompt go through
-    all layers. Methods that leave each other's decisions alone combine with ``+``.
+    ``budget`` how much in each head, ``channels`` which numbers of a key, ``encoding`` in which format, ``propagation``
+    which tokens of a prompt go through all layers. Methods that leave each other's decisions alone combine with ``+``.
     """
 
     name: ClassVar[str]
@@ -42,6 +43,10 @@ class Method:
         """What a layer keeps for all its heads together, a row a token, in place of keys and values; None: those."""
         return None
 
+    def channels(self, layer: LayerSpec) -> Channels | None:
+        """Which channels of a layer's keys stay; None: all."""
+        return None
+
     def encoding(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout] | None:
         """How keys and values of a layer are kept; None: dense."""
         return None
@@ -55,6 +60,8 @@ class Method:
         made = set()
         if type(self).eviction is not Method.eviction or type(self).rows is not Method.rows:
             made.add("keep")
+        if type(self).channels is not Method.channels or type(self).rows is not Method.rows:
+            made.add("channels")
         if type(self).budget is not Method.budget:
             made.add("budget")
         if type(self).encoding is not Method.encoding:

@@ -16,4 +16,4 @@ class Full(Method):
     citation = "Attention Is All You Need, 2017, arXiv 1706.03762"
 
     def decides(self) -> set[str]:
-        return {"keep", "encode"}
+        return {"keep", "channels", "encode"}
