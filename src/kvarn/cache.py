@@ -47,7 +47,7 @@ class Cache(TransformersCache):
         page_size: int = 16,
     ):
         super().__init__(layers=[])
-        self.recipe = Recipe.parse(recipe)
+        self.recipe = Recipe.parse(recipe).calibrated(model)
         check_budget(budget)
         self.budget, self.page_size = budget, page_size
         self.spec = ModelSpec.from_config(model.config, model.dtype)

@@ -1,4 +1,4 @@
-"""The command line: ``kvarn run``, ``methods``, ``models``, ``demo``, ``bench``, ``report``."""
+"""The command line: ``kvarn run``, ``methods``, ``models``, ``calibrate``, ``demo``, ``bench``, ``report``."""
 
 import argparse
 import difflib
@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from rich.progress import Progress
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
@@ -22,6 +23,7 @@ from . import demo
 from .bench.options import add_bench, add_report
 from .budgets import Budget, parse_budget
 from .cache import Cache
+from .calibration import calibrate, require_calibration
 from .errors import KvarnError, PromptTooLong, RecipeError, Unsupported
 from .generation import Answer, answer, chat_turns, require_room
 from .methods import METHODS, Method
@@ -85,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(bench)
     add_bench(bench)
 
+    learn = commands.add_parser("calibrate", help="learn what a method has to know of a model, once (minutes)")
+    learn.set_defaults(command=_calibrate)
+    learn.add_argument("model", help="built-in name, GGUF file, folder or hub id")
+    learn.add_argument("method", help="one that needs it, such as duoattention")
+    learn.add_argument("--text", metavar="FILE", help="what the model reads for it (Python's language reference)")
+    _add_where(learn)
+
     report = commands.add_parser("report", help="one page about one or several folders of results")
     report.set_defaults(command=_report)
     add_report(report)
@@ -93,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2", help="built-in name, GGUF file, folder or hub id (%(default)s)")
+    _add_where(parser)
+
+
+def _add_where(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (cuda where there is one)")
 
@@ -229,11 +242,7 @@ def _read(path: str) -> str:
 
 
 def _methods(options: argparse.Namespace) -> None:
-    if options.name is not None and options.name not in METHODS:
-        close = difflib.get_close_matches(options.name, METHODS, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(METHODS)}"
-        raise RecipeError(f"no method is called {options.name!r}; {hint}")
-    chosen = list(METHODS.values()) if options.name is None else [METHODS[options.name]]
+    chosen = _named(options.name)
     if options.json:
         facts = [_facts(method) for method in chosen]
         _print_json(facts if options.name is None else facts[0])
@@ -243,6 +252,17 @@ def _methods(options: argparse.Namespace) -> None:
         _methods_table(chosen).show()
     else:
         print(_everything_about(chosen[0]))
+
+
+def _named(name: str | None) -> list[type[Method]]:
+    """The method of this name; None: all."""
+    if name is None:
+        return list(METHODS.values())
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(METHODS)}"
+        raise RecipeError(f"no method is called {name!r}; {hint}")
+    return [METHODS[name]]
 
 
 def _facts(method: type[Method]) -> dict[str, Any]:
@@ -310,6 +330,23 @@ def _demo(options: argparse.Namespace) -> None:
         console().print(Text(str(outcome.task)))
         outcome.table().show()
         console().print(Text(outcome.conditions))
+
+
+# calibrate
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    method = _named(options.method)[0]()
+    require_calibration(method)
+    text = None if options.text is None else _read(options.text)
+    device = None if options.device is None else device_of(options.device)
+    model, tokenizer = load(options.model, dtype=DTYPES[options.dtype], device=device)
+    with Progress(console=console()) as bar:
+        task = bar.add_task(f"{method.name} on {options.model}")
+        path = calibrate(
+            model, tokenizer, method, text, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    print(f"saved to {path}")
 
 
 # bench

@@ -31,3 +31,7 @@ class PromptTooLong(KvarnError, ValueError):
 
 class ModelNotFound(KvarnError, FileNotFoundError):
     """A model's files are missing, incomplete or damaged."""
+
+
+class CalibrationError(KvarnError, ValueError):
+    """A method that was not calibrated for a model, or a calibration that does not belong to it."""

@@ -4,7 +4,7 @@ Shapes: B sequences, H query heads, K KV heads, q new tokens, n entries, D head 
 (layer, sequence, KV head), so that a layer is a slice.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from .attention import Paid, Part, Variant, attend, attend_observed
 from .memory import Arena, Store, StoreLayout
 from .prefill import Propagation
-from .reduction import Eviction
+from .reduction import Eviction, Folding, folded
 from .scoring import Observation, ObservingScore, PromptView
 from .spec import LayerSpec
 
@@ -144,6 +144,8 @@ class LayerGroup:
             if observer := self.eviction.observes:
                 columns |= observer.fresh(positions, positions)
                 self._decoded = (step.after - self.prompted).to(self.arena.device)
+            if "count" in self.eviction.columns:
+                columns["count"] = torch.ones(positions.shape, device=self.arena.device)
         self.store.open_token(columns)
         lengths = self.store.lengths.view(len(self.numbers), -1)
         self._even = (lengths == lengths[:, :1]).all(1).tolist()
@@ -176,11 +178,14 @@ class LayerGroup:
         heads = torch.nonzero(self.store.lengths > capacity).flatten()
         if not heads.numel():
             return
-        assert self.store.columns is not None
         device = self.arena.device
         state = (self.store.lengths, self._per_head(step.after), capacity)
-        victims = eviction.victims(self.store.columns.read(heads), *(t[heads].to(device) for t in state))
-        self.store.drop(heads, victims, eviction.leaving(capacity[heads]))
+        columns = self.store.read_columns(heads)
+        victims = eviction.victims(columns, *(t[heads].to(device) for t in state))
+        counts = eviction.leaving(capacity[heads])
+        if isinstance(eviction, Folding):
+            self._fold_stored(eviction, heads, columns, victims, counts.to(device))
+        self.store.drop(heads, victims, counts)
 
     def _observe(self, observer: ObservingScore, number: int, paid: Paid, step: Step) -> None:
         """Brings the columns of a layer up to date with a decoding step's attention."""
@@ -205,12 +210,50 @@ class LayerGroup:
         columns = {name: view.columns[name] for name in observer.columns} if observer else {}
         old = 0 if stored is None else stored.keys.shape[2]
         counts = torch.minimum(capacity, step.counts[:, None])
+        if isinstance(eviction, Folding):
+            fresh, columns["count"] = self._fold_prompt(eviction, heads, stored, fresh, view, keep)
         if stored is not None:
             if columns:
                 self.store.set_columns(heads, {name: c[:, :, :old].flatten(0, 1) for name, c in columns.items()})
             self.store.keep(heads, keep[..., :old].flatten(0, 1))
             counts = keep[..., old:].sum(-1).cpu()
         self._append(heads, fresh, keep[..., old:], counts, {name: c[:, :, old:] for name, c in columns.items()})
+
+    def _fold_prompt(
+        self, eviction: Folding, heads: slice, stored: Part | None, fresh: Fresh, view: PromptView, keep: Tensor
+    ) -> tuple[Fresh, Tensor]:
+        """Folds what a prompt's end drops of a layer: the new tokens and the counts of all candidates as they are then;
+        what is stored is changed in place."""
+        old = 0 if stored is None else stored.keys.shape[2]
+        counts = torch.ones(view.positions.shape, device=view.positions.device)
+        keys, values = fresh.keys, fresh.values
+        if stored is not None:
+            counts[..., :old] = self.store.read_column(heads, "count").unflatten(0, (self.batch, -1))
+            keys, values = (torch.cat([a, b], 2) for a, b in ((stored.keys, keys), (stored.values, values)))
+        target = eviction.target(view.positions)
+        key, value, total = folded(keys, values, counts, (view.valid & ~keep) | target)
+        here = target & (total > counts.masked_fill(~target, 0).sum(-1))[..., None]
+        counts = torch.where(here, total[..., None], counts)
+        keys, values = (torch.where(here[..., None], x[:, :, None], y) for x, y in ((key, keys), (value, values)))
+        if stored is not None and bool(here[..., :old].any()):
+            index = target[..., :old].byte().argmax(-1, keepdim=True)
+            index = index[..., None].expand(-1, -1, 1, keys.shape[3])
+            new_keys, new_values = (x.gather(2, index).flatten(0, 1) for x in (keys, values))
+            self.store.replace(heads, index[..., 0].flatten(0, 1), new_keys, new_values)
+        fresh = replace(fresh, keys=keys[:, :, old:], values=values[:, :, old:])
+        return fresh, counts
+
+    def _fold_stored(
+        self, eviction: Folding, heads: Tensor, columns: dict[str, Tensor], victims: Tensor, counts: Tensor
+    ) -> None:
+        """Folds the first ``counts`` ([R]) of the ``victims`` ([R, e]) of ``heads`` into their compensation entries."""
+        going = torch.arange(victims.shape[1], device=victims.device) < counts[:, None]
+        leaving = torch.zeros_like(columns["position"], dtype=torch.bool).scatter(1, victims, going)
+        target = eviction.target(columns["position"]) & self._within(heads)
+        keys, values = self.store.keys.read(heads), self.store.values.read(heads)
+        key, value, total = folded(keys, values, columns["count"], leaving | target)
+        self.store.replace(heads, target.byte().argmax(-1, keepdim=True), key[:, None], value[:, None])
+        self.store.set_columns(heads, {"count": torch.where(target, total[:, None], columns["count"])})
 
     def _view(self, observer: ObservingScore | None, heads: slice, stored: Part | None, fresh: Fresh) -> PromptView:
         """What a score sees; columns are those of ``observer`` before the prompt's queries."""
@@ -230,7 +273,7 @@ class LayerGroup:
             if stored is None:
                 return (new,)
             held = self._held(heads)[:, :, None] & (query_positions >= 0)[:, None, :, None]
-            return (Part(stored.keys, stored.values, held), new)
+            return (replace(stored, mask=held), new)
 
         masked = step.padded or stored is not None
         parts = masked_parts(step.positions) if masked else (Part(fresh.keys, fresh.values, causal=True),)
@@ -265,7 +308,7 @@ class LayerGroup:
             mask = mask & self._held(heads)[:, :, None]
         elif not bool((lengths == lengths[0]).all()):
             mask = self._held(heads)[:, :, None].expand(-1, -1, fresh.keys.shape[2], -1)
-        return [Part(stored.keys, stored.values, mask), new]
+        return [replace(stored, mask=mask), new]
 
     def _visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """What queries at [B, q] may read of keys at [B, K or 1, n]: bool [B, K or 1, q, n]; -1 is padding."""
@@ -295,6 +338,8 @@ class LayerGroup:
         keys, values = self._rows(heads, fresh)
         position = fresh.step.positions.to(torch.int32)[:, None].expand(-1, self.layer.kv_heads, -1)
         columns = {"position": position, **(columns or {})}
+        if self.eviction is not None and "count" in self.eviction.columns and "count" not in columns:
+            columns["count"] = torch.ones(position.shape, device=position.device)
         if int(counts.min()) < keys.shape[2]:
             index = (~keep).byte().argsort(dim=-1, stable=True)[..., :longest].expand(-1, self.layer.kv_heads, -1)
             keys = keys.gather(2, index[..., None].expand(-1, -1, -1, keys.shape[3]))
@@ -321,13 +366,19 @@ class LayerGroup:
     def _part(self, heads: slice, mask: Tensor | None) -> Part:
         shape = (self.batch, self.layer.kv_heads)
         keys = self.store.keys.read(heads).unflatten(0, shape)
-        return Part(keys, self.store.values.read(heads).unflatten(0, shape), mask)
+        part = Part(keys, self.store.values.read(heads).unflatten(0, shape), mask)
+        if self.eviction is not None and "count" in self.eviction.columns:
+            part.log_weight = self.store.read_column(heads, "count").unflatten(0, shape).clamp(min=1).log()
+        return part
 
     def _held(self, heads: slice) -> Tensor:
         """Which of the entries that are read exist: bool [B, K, n] (heads shorter than the longest are padded)."""
+        return self._within(heads).view(self.batch, self.layer.kv_heads, -1)
+
+    def _within(self, heads: slice | Tensor) -> Tensor:
+        """``_held`` head by head: bool [R, n]."""
         lengths = self.store.lengths[heads]
-        held = torch.arange(int(lengths.max())) < lengths[:, None]
-        return held.view(self.batch, self.layer.kv_heads, -1).to(self.arena.device)
+        return (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.arena.device)
 
     def _per_head(self, per_sequence: Tensor) -> Tensor:
         """[B] -> [heads of the store]."""

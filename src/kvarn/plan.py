@@ -69,7 +69,7 @@ class Planner:
     @cached_property
     def heads(self) -> Heads:
         layer = next(iter(self._acted_on), self.spec.layers[0])
-        return Heads(len(self.spec.layers), self.kept[layer].kv_heads, torch.tensor(self.lengths))
+        return Heads(self._full, self.kept[layer].kv_heads, torch.tensor(self.lengths))
 
     # -- dividing -----------------------------------------------------------------------------------------------
 

@@ -6,9 +6,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
+from transformers import PreTrainedModel
 
 from . import rematerialization
 from .budgets import Budget, Policy, Uniform
+from .calibration import calibrated
 from .errors import RecipeError
 from .formats import Columns, Dense, Narrow
 from .memory import SideLayout, StoreLayout
@@ -113,6 +115,10 @@ class Recipe:
         if not self.rematerializes:
             return 0
         return sum(rematerialization.state_bytes(layer, spec.dtype) for layer in spec.layers if layer.window is None)
+
+    def calibrated(self, model: PreTrainedModel) -> "Recipe":
+        """This recipe with what its methods have learnt about ``model``; raises CalibrationError where they must."""
+        return replace(self, methods=tuple(calibrated(model, method) for method in self.methods))
 
     @property
     def policy(self) -> Policy:

@@ -2,12 +2,15 @@
 
 from .amounts import Budget, allowed_bytes, check_budget, parse_budget, parse_bytes
 from .policy import UNBOUNDED, Heads, Policy, Shares, Uniform, highest
+from .retrieval import ChosenHeads, RankedHeads
 
 __all__ = [
     "UNBOUNDED",
     "Budget",
+    "ChosenHeads",
     "Heads",
     "Policy",
+    "RankedHeads",
     "Shares",
     "Uniform",
     "allowed_bytes",

@@ -12,11 +12,17 @@ UNBOUNDED = 1 << 40  # the capacity of a head that keeps everything, also of wha
 
 @dataclass(frozen=True)
 class Heads:
-    """What is to be divided over: ``layers`` x ``kv_heads``, for sequences of ``lengths`` (int64 [B]) tokens."""
+    """What is to be divided over: ``kv_heads`` in each layer, for sequences of ``lengths`` (int64 [B]) tokens.
 
-    layers: int
+    ``acted_on`` (bool [layers]): layers without a sliding window, the ones that methods act on."""
+
+    acted_on: Tensor
     kv_heads: int
     lengths: Tensor
+
+    @property
+    def layers(self) -> int:
+        return self.acted_on.numel()
 
 
 class Policy(ABC):

@@ -1,11 +1,16 @@
 """What a method is: one published system as a composition of decisions."""
 
+from collections.abc import Mapping
+from copy import copy
 from dataclasses import MISSING, Field, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
+from torch import Tensor
 
 from ..budgets import Policy
+from ..calibration import Calibration
+from ..errors import CalibrationError
 from ..formats import Channels
 from ..memory import SideLayout
 from ..prefill import Propagation
@@ -54,6 +59,27 @@ class Method:
     def propagation(self) -> Propagation | None:
         """Which tokens of a first prompt go on beyond some layer; None: all."""
         return None
+
+    def calibration(self) -> Calibration | None:
+        """What has to be learnt about a model before the method can act on it; None: nothing."""
+        return None
+
+    @property
+    def learnt(self) -> Mapping[str, Tensor]:
+        """What the calibration found out; empty where there was none."""
+        return getattr(self, "_learnt", {})
+
+    def with_learnt(self, tensors: Mapping[str, Tensor]) -> Self:
+        """This method with the outcome of its calibration."""
+        twin = copy(self)
+        object.__setattr__(twin, "_learnt", dict(tensors))
+        return twin
+
+    def knows(self, name: str) -> Tensor:
+        """A tensor of the calibration; raises CalibrationError where there was none."""
+        if name not in self.learnt:
+            raise CalibrationError(f"{self.name} has to be calibrated for a model first: see kvarn calibrate --help")
+        return self.learnt[name]
 
     def decides(self) -> set[str]:
         """The decisions this method makes."""

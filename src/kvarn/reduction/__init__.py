@@ -1,5 +1,6 @@
 """What happens to what is over budget."""
 
 from .eviction import Eviction
+from .folding import Folding, folded
 
-__all__ = ["Eviction"]
+__all__ = ["Eviction", "Folding", "folded"]
