@@ -69,7 +69,9 @@ def test_shares_are_kept_to_within_the_bytes(keeper) -> None:
     report, held = cache.report(), torch.tensor(cache.report().entries)[:, 0]
     assert report.bytes == cache.plan.bytes[0]
     assert report.bytes <= cache.plan.allowed[0]
-    assert report.bytes > 0.85 * cache.plan.allowed[0]
+    # Methods that evict in decoding leave room for all that blocks take on the way.
+    unused = 0.25 if keeper is KEEPERS[-1] else 0.15
+    assert report.bytes > (1 - unused) * cache.plan.allowed[0]
     assert torch.equal(held, torch.minimum(cache.plan.capacity[:, 0], torch.tensor(240)))
     if "kivi" not in str(cache.recipe):  # formats in blocks hold more where that takes fewer bytes
         ratio = held / SHARES
