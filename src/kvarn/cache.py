@@ -15,7 +15,7 @@ from .budgets import Budget, check_budget
 from .errors import CacheMismatch, PromptTooLong, Unsupported
 from .group import Fresh, LayerGroup, Step
 from .input_group import InputGroup
-from .memory import Arena
+from .memory import Arena, TieredLayout
 from .methods import Method
 from .plan import Plan
 from .prefill import Carried
@@ -23,6 +23,7 @@ from .recipe import Recipe
 from .rematerialization import inputs_of
 from .report import Report
 from .spec import LayerSpec, ModelSpec
+from .tiered_group import TieredGroup
 
 
 class Cache(TransformersCache):
@@ -294,7 +295,11 @@ class Cache(TransformersCache):
         if self._layer_inputs and layer.window is None:
             inputs = [each for number in numbers if (each := self._layer_inputs[number])]
             return InputGroup(numbers, layer, layout, inputs, arena, batch)
-        return LayerGroup(numbers, layer, layout, self.recipe.eviction(layer, self.spec.dtype), arena, batch)
+        eviction = self.recipe.eviction(layer, self.spec.dtype)
+        precision = self.recipe.precision(layer, self.spec.dtype)
+        if precision and isinstance(layout, TieredLayout):
+            return TieredGroup(numbers, layer, layout, eviction, precision, arena, batch)
+        return LayerGroup(numbers, layer, layout, eviction, arena, batch)
 
     def _check_shapes(self, keys: Tensor, values: Tensor, number: int) -> None:
         if number >= len(self.spec.layers):

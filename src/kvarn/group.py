@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .attention import Paid, Part, Variant, attend, attend_observed
-from .memory import Arena, Store, StoreLayout
+from .memory import Arena, Layout, Store, StoreLayout, TieredLayout, TieredStore
 from .prefill import Propagation
 from .reduction import Eviction, Folding, folded
 from .scoring import Observation, ObservingScore, PromptView
@@ -58,14 +58,14 @@ class LayerGroup:
         self,
         numbers: list[int],
         layer: LayerSpec,
-        layout: StoreLayout,
+        layout: Layout,
         eviction: Eviction | None,
         arena: Arena,
         batch: int,
     ):
         self.numbers, self.layer, self.eviction, self.arena, self.batch = numbers, layer, eviction, arena, batch
         self.rows = batch * layer.kv_heads  # heads of one layer
-        self.store = Store(layout, arena, len(numbers) * self.rows)
+        self.store = _store(layout, arena, len(numbers) * self.rows)
         # Entries that each head may hold, where the recipe evicts.
         self.capacity = torch.zeros((len(numbers), batch, layer.kv_heads), dtype=torch.int64)
         self.prompted = torch.zeros(batch, dtype=torch.int64)  # tokens of each sequence up to its last prompt's end
@@ -77,6 +77,16 @@ class LayerGroup:
     def state_bytes(self) -> int:
         """Bytes kept for the layers themselves, whatever the tokens."""
         return 0
+
+    @property
+    def observers(self) -> list[ObservingScore]:
+        """What observes attention, each once."""
+        return [self.eviction.observes] if self.eviction and self.eviction.observes else []
+
+    @property
+    def _counted(self) -> bool:
+        """Whether entries may stand for several."""
+        return self.eviction is not None and "count" in self.eviction.columns
 
     @property
     def everyone(self) -> slice:
@@ -115,8 +125,8 @@ class LayerGroup:
         self.prompted = fresh.step.after
         in_hand = [fresh.keys, fresh.values, *([stored.keys, stored.values] if stored else [])]
         self.arena.note_peak(sum(tensor.nbytes for tensor in in_hand))
-        if self.eviction is not None:
-            self._store_best(self.eviction, number, stored, fresh)
+        if self.eviction is not None or self.observers:
+            self._store_best(number, stored, fresh)
         elif self.layer.window is not None:
             self._store_window(self.layer.window, heads, fresh)
         else:
@@ -127,7 +137,7 @@ class LayerGroup:
 
     def chosen(self, number: int, fresh: Fresh, propagation: Propagation) -> Tensor:
         """The tokens of a first prompt that go on beyond layer ``number``, bool [B, q]."""
-        return propagation.chosen(self._view(None, self.heads(number), None, fresh), fresh.step.counts)
+        return propagation.chosen(self._view([], self.heads(number), None, fresh), fresh.step.counts)
 
     def end_prompt(self) -> None:
         """After the last layer."""
@@ -138,13 +148,13 @@ class LayerGroup:
     def begin_token(self, step: Step) -> None:
         """Before the first layer: makes room for one token in every head."""
         columns = {}
-        if self.eviction is not None:
+        if self.eviction is not None or self.observers:
             positions = self._per_head(step.before).to(self.arena.device)
             columns["position"] = positions.int()
-            if observer := self.eviction.observes:
+            for observer in self.observers:
                 columns |= observer.fresh(positions, positions)
-                self._decoded = (step.after - self.prompted).to(self.arena.device)
-            if "count" in self.eviction.columns:
+            self._decoded = (step.after - self.prompted).to(self.arena.device)
+            if self._counted:
                 columns["count"] = torch.ones(positions.shape, device=self.arena.device)
         self.store.open_token(columns)
         lengths = self.store.lengths.view(len(self.numbers), -1)
@@ -156,10 +166,10 @@ class LayerGroup:
         keys, values = self._rows(heads, fresh)
         self.store.put_token(heads, keys.flatten(0, 2), values.flatten(0, 2))
         part = self._part(heads, None if self._even[self._place[number]] else self._held(heads)[:, :, None])
-        if self.eviction is None or self.eviction.observes is None:
+        if not self.observers:
             return attend(fresh.query, [part], fresh.variant)
         out, paid = attend_observed(fresh.query, [part], fresh.variant)
-        self._observe(self.eviction.observes, number, paid, fresh.step)
+        self._observe(number, paid, fresh.step)
         return out
 
     def end_token(self, step: Step) -> None:
@@ -187,31 +197,33 @@ class LayerGroup:
             self._fold_stored(eviction, heads, columns, victims, counts.to(device))
         self.store.drop(heads, victims, counts)
 
-    def _observe(self, observer: ObservingScore, number: int, paid: Paid, step: Step) -> None:
+    def _observe(self, number: int, paid: Paid, step: Step) -> None:
         """Brings the columns of a layer up to date with a decoding step's attention."""
         heads = self.heads(number)
         observation = Observation(paid, step.positions, self._decoded, number)
-        columns = observer.observe(observation, self._columns(heads))
+        before = self._columns(heads)
+        columns = {n: c for observer in self.observers for n, c in observer.observe(observation, before).items()}
         self.store.set_columns(heads, {name: column.flatten(0, 1) for name, column in columns.items()})
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _store_best(self, eviction: Eviction, number: int, stored: Part | None, fresh: Fresh) -> None:
-        """Keeps the best of what is stored and what is new, by the recipe's score."""
-        heads, observer, step = self.heads(number), eviction.observes, fresh.step
+    def _store_best(self, number: int, stored: Part | None, fresh: Fresh) -> None:
+        """Keeps the best of what is stored and what is new, by the recipe's score, and what was observed of it."""
+        heads, step = self.heads(number), fresh.step
         held, capacity = self.store.lengths[heads].view(self.batch, -1), self.capacity[self._place[number]]
-        if observer is None and bool((held + step.counts[:, None] <= capacity).all()):
+        fits = self.eviction is None or bool((held + step.counts[:, None] <= capacity).all())
+        if fits and not self.observers:
             self._append_all(heads, fresh)
             return
-        view = self._view(observer, heads, stored, fresh)
-        if observer is not None:
+        view = self._view(self.observers, heads, stored, fresh)
+        for observer in self.observers:
             view = observer.after_prompt(view, number)
-        keep = eviction.keep(view, capacity)
-        columns = {name: view.columns[name] for name in observer.columns} if observer else {}
+        keep = view.valid if self.eviction is None else self.eviction.keep(view, capacity)
+        columns = {name: view.columns[name] for observer in self.observers for name in observer.columns}
         old = 0 if stored is None else stored.keys.shape[2]
-        counts = torch.minimum(capacity, step.counts[:, None])
-        if isinstance(eviction, Folding):
-            fresh, columns["count"] = self._fold_prompt(eviction, heads, stored, fresh, view, keep)
+        counts = step.counts[:, None] if self.eviction is None else torch.minimum(capacity, step.counts[:, None])
+        if isinstance(self.eviction, Folding):
+            fresh, columns["count"] = self._fold_prompt(self.eviction, heads, stored, fresh, view, keep)
         if stored is not None:
             if columns:
                 self.store.set_columns(heads, {name: c[:, :, :old].flatten(0, 1) for name, c in columns.items()})
@@ -250,17 +262,17 @@ class LayerGroup:
         going = torch.arange(victims.shape[1], device=victims.device) < counts[:, None]
         leaving = torch.zeros_like(columns["position"], dtype=torch.bool).scatter(1, victims, going)
         target = eviction.target(columns["position"]) & self._within(heads)
-        keys, values = self.store.keys.read(heads), self.store.values.read(heads)
+        keys, values = self.store.read(heads)
         key, value, total = folded(keys, values, columns["count"], leaving | target)
         self.store.replace(heads, target.byte().argmax(-1, keepdim=True), key[:, None], value[:, None])
         self.store.set_columns(heads, {"count": torch.where(target, total[:, None], columns["count"])})
 
-    def _view(self, observer: ObservingScore | None, heads: slice, stored: Part | None, fresh: Fresh) -> PromptView:
-        """What a score sees; columns are those of ``observer`` before the prompt's queries."""
+    def _view(self, observers: list[ObservingScore], heads: slice, stored: Part | None, fresh: Fresh) -> PromptView:
+        """What a score sees; columns are those of ``observers`` before the prompt's queries."""
         step = fresh.step
         positions = step.positions[:, None].expand(-1, self.layer.kv_heads, -1)
         columns = {"position": positions}
-        if observer:
+        for observer in observers:
             observed = step.counts if observer.of_prompt is None else step.counts.clamp(max=observer.of_prompt)
             first = (step.after - observed).to(positions.device)[:, None, None]
             columns |= observer.fresh(positions, first)
@@ -365,9 +377,9 @@ class LayerGroup:
 
     def _part(self, heads: slice, mask: Tensor | None) -> Part:
         shape = (self.batch, self.layer.kv_heads)
-        keys = self.store.keys.read(heads).unflatten(0, shape)
-        part = Part(keys, self.store.values.read(heads).unflatten(0, shape), mask)
-        if self.eviction is not None and "count" in self.eviction.columns:
+        keys, values = self.store.read(heads)
+        part = Part(keys.unflatten(0, shape), values.unflatten(0, shape), mask)
+        if self._counted:
             part.log_weight = self.store.read_column(heads, "count").unflatten(0, shape).clamp(min=1).log()
         return part
 
@@ -389,3 +401,10 @@ def _gathered(column: Tensor, index: Tensor) -> Tensor:
     """[B, K, n, …] at index [B, K, m] -> [B, K, m, …]."""
     trailing = column.shape[3:]
     return column.gather(2, index.view(*index.shape, *[1] * len(trailing)).expand(*index.shape, *trailing))
+
+
+def _store(layout: Layout, arena: Arena, heads: int) -> Store:
+    if isinstance(layout, TieredLayout):
+        return TieredStore(layout, arena, heads)
+    assert isinstance(layout, StoreLayout)
+    return Store(layout, arena, heads)

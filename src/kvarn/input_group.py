@@ -6,7 +6,7 @@ from torch import Tensor
 from .attention import Part
 from .errors import Unsupported
 from .group import Fresh, LayerGroup
-from .memory import Arena, StoreLayout
+from .memory import Arena, Layout
 from .rematerialization import LayerInputs, kept
 from .spec import LayerSpec
 
@@ -20,7 +20,7 @@ class InputGroup(LayerGroup):
         self,
         numbers: list[int],
         layer: LayerSpec,
-        layout: StoreLayout,
+        layout: Layout,
         inputs: list[LayerInputs],
         arena: Arena,
         batch: int,

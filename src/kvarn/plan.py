@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .budgets import UNBOUNDED, Budget, Heads, Policy, allowed_bytes, highest
 from .errors import BudgetError
-from .memory import StoreLayout
+from .memory import Layout
 from .reduction import Eviction
 from .spec import LayerSpec, ModelSpec
 
@@ -42,7 +42,7 @@ class Planner:
     name: str
     spec: ModelSpec
     kept: dict[LayerSpec, LayerSpec]
-    layouts: dict[LayerSpec, StoreLayout]
+    layouts: dict[LayerSpec, Layout]
     state_bytes: int
     eviction: Eviction | None
     policy: Policy

@@ -13,12 +13,12 @@ from .budgets import Budget, Policy, Uniform
 from .calibration import calibrated
 from .errors import RecipeError
 from .formats import Columns, Dense, Narrow
-from .memory import SideLayout, StoreLayout
+from .memory import Layout, SideLayout, StoreLayout, TieredLayout
 from .methods import METHODS, Method
 from .methods.base import default_of
 from .plan import Plan, Planner
 from .prefill import Propagation
-from .reduction import Eviction
+from .reduction import Eviction, Folding, Precision
 from .spec import LayerSpec, ModelSpec
 
 _DECISIONS = {
@@ -86,7 +86,13 @@ class Recipe:
         eviction = next((e for m in self.methods if (e := m.eviction())), None)
         if eviction is None or layer.window is not None or eviction.interval is not None:
             return eviction if layer.window is None else None
-        return replace(eviction, interval=max(side.format.unit for side in self._sides(layer, dtype)))
+        precision = self.precision(layer, dtype)
+        sides = [*precision.high, *precision.low] if precision else self._sides(layer, dtype)
+        return replace(eviction, interval=max(side.format.unit for side in sides))
+
+    def precision(self, layer: LayerSpec, dtype: torch.dtype) -> Precision | None:
+        """Which entries of ``layer`` are kept in which of two formats; None: all in one."""
+        return next((p for m in self.methods if layer.window is None and (p := m.precision(layer, dtype))), None)
 
     @property
     def propagation(self) -> Propagation | None:
@@ -104,11 +110,17 @@ class Recipe:
             return layer
         return next((rows for m in self.methods if (rows := m.rows(layer))), layer)
 
-    def layout(self, layer: LayerSpec, dtype: torch.dtype, page_size: int) -> StoreLayout:
+    def layout(self, layer: LayerSpec, dtype: torch.dtype, page_size: int) -> Layout:
         """How the entries of ``layer`` are kept."""
-        keys, values = self._sides(layer, dtype)
-        eviction = self.eviction(layer, dtype)
-        return StoreLayout(keys, values, Columns(eviction.columns) if eviction else None, page_size)
+        eviction, precision = self.eviction(layer, dtype), self.precision(layer, dtype)
+        if precision is None:
+            columns = Columns(eviction.columns) if eviction else None
+            return StoreLayout(*self._sides(layer, dtype), columns, page_size)
+        if isinstance(eviction, Folding):
+            raise RecipeError(f"{self}: entries cannot both stand for several and be kept in two precisions")
+        columns = Columns({**(eviction.columns if eviction else {}), **precision.columns})
+        high, low = (StoreLayout(*sides, columns, page_size) for sides in (precision.high, precision.low))
+        return TieredLayout(high, low, precision.share)
 
     def state_bytes(self, spec: ModelSpec) -> int:
         """Bytes kept for the layers of a model, whatever the tokens."""

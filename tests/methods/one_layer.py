@@ -10,6 +10,7 @@ from kvarn.attention import Variant
 from kvarn.group import Fresh, LayerGroup, Step
 from kvarn.memory import Arena
 from kvarn.spec import LayerSpec
+from kvarn.tiered_group import TieredGroup
 
 SIZE, KV_HEADS, GROUP = 16, 2, 2
 LAYER = LayerSpec(KV_HEADS * GROUP, KV_HEADS, SIZE, SIZE, None)
@@ -23,7 +24,11 @@ class OneLayer:
         parsed = kvarn.Recipe.parse(recipe)
         layout = parsed.layout(LAYER, torch.float32, page_size=4)
         eviction = parsed.eviction(LAYER, torch.float32)
-        self.group = LayerGroup([0], LAYER, layout, eviction, Arena(torch.device(device), 4), batch=1)
+        arena, precision = Arena(torch.device(device), 4), parsed.precision(LAYER, torch.float32)
+        if precision:
+            self.group = TieredGroup([0], LAYER, layout, eviction, precision, arena, batch=1)
+        else:
+            self.group = LayerGroup([0], LAYER, layout, eviction, arena, batch=1)
         self.group.capacity = torch.full((1, 1, KV_HEADS), capacity)
         self.seen = 0
 
@@ -50,8 +55,7 @@ class OneLayer:
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
         """What is read: [KV heads, n, SIZE] each."""
-        store = self.group.store
-        return store.keys.read(self.group.everyone), store.values.read(self.group.everyone)
+        return self.group.store.read(self.group.everyone)
 
     def _rows(self, name: str) -> list[list]:
         rows = self.group.store.read_column(self.group.everyone, name)

@@ -1,5 +1,6 @@
 """How entries are encoded. Nothing here knows where they live."""
 
+from .balanced import Balanced
 from .base import Format, Rows
 from .columns import Columns, ColumnType
 from .corrected import Corrected
@@ -8,4 +9,16 @@ from .integer import Int
 from .narrow import Channels, Narrow
 from .sparse import Sparse
 
-__all__ = ["Channels", "ColumnType", "Columns", "Corrected", "Dense", "Format", "Int", "Narrow", "Rows", "Sparse"]
+__all__ = [
+    "Balanced",
+    "Channels",
+    "ColumnType",
+    "Columns",
+    "Corrected",
+    "Dense",
+    "Format",
+    "Int",
+    "Narrow",
+    "Rows",
+    "Sparse",
+]

@@ -2,6 +2,18 @@
 
 from .pool import Arena, Pool
 from .segment import Segment
-from .store import Side, SideLayout, Store, StoreLayout
+from .store import Layout, Side, SideLayout, Store, StoreLayout
+from .tiered import TieredLayout, TieredStore
 
-__all__ = ["Arena", "Pool", "Segment", "Side", "SideLayout", "Store", "StoreLayout"]
+__all__ = [
+    "Arena",
+    "Layout",
+    "Pool",
+    "Segment",
+    "Side",
+    "SideLayout",
+    "Store",
+    "StoreLayout",
+    "TieredLayout",
+    "TieredStore",
+]

@@ -419,6 +419,19 @@ def pick(rows: Tensor, index: Tensor) -> Tensor:
     return rows[torch.arange(rows.shape[0], device=rows.device)[:, None], index]
 
 
+def joined(first: Tensor, second: Tensor, counts: Tensor, longest: int) -> Tensor:
+    """Of each row the first ``counts`` (int64 [R] on the host) of ``first`` [R, n, *shape], then ``second`` [R, m,
+    *shape]: [R, ``longest``, *shape] or more."""
+    if not first.shape[1]:
+        return second
+    joint = torch.cat([first, second], 1)
+    if bool((counts == first.shape[1]).all()):
+        return joint
+    place = torch.arange(longest)
+    index = torch.where(place < counts[:, None], place, place - counts[:, None] + first.shape[1])
+    return pick(joint, index.to(joint.device))
+
+
 def _shifted(rows: Tensor, starts: Tensor, count: int) -> Tensor:
     """Row r from starts[r] on: [R, n, *shape] -> [R, count, *shape]."""
     return pick(rows, starts.to(rows.device)[:, None] + torch.arange(count, device=rows.device))

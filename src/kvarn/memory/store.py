@@ -1,6 +1,7 @@
 """All entries of the heads of one group of layers: keys, values and columns, each in segments."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..formats import Columns, Dense, Format
 from .pool import PAGE_OVERHEAD, Arena, Pool
-from .segment import HEAD_OVERHEAD, TABLE_ENTRY, Segment, pick
+from .segment import HEAD_OVERHEAD, TABLE_ENTRY, Segment, joined, pick
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,25 @@ class SideLayout:
         return torch.where(settled < 0, 0, total).amax(-1)
 
 
+class Layout(ABC):
+    """How the entries of a head are kept, and so what they take."""
+
+    @abstractmethod
+    def bytes(self, tokens: Tensor) -> Tensor:
+        """Exact bytes of one head of ``tokens`` entries (int64, any shape) appended at once."""
+
+    @abstractmethod
+    def most_bytes(self, tokens: Tensor) -> Tensor:
+        """The most bytes that one head of ``tokens`` entries (int64, any shape) takes after any prompts and steps."""
+
+    @property
+    @abstractmethod
+    def open_bytes(self) -> int:
+        """Bytes of one page of each segment of a head: what a budget may be exceeded by."""
+
+
 @dataclass(frozen=True)
-class StoreLayout:
+class StoreLayout(Layout):
     """What a store keeps for each entry, and in which formats."""
 
     keys: SideLayout
@@ -71,18 +89,15 @@ class StoreLayout:
     page_size: int
 
     def bytes(self, tokens: Tensor) -> Tensor:
-        """Exact bytes of one head of ``tokens`` entries (int64, any shape) appended at once."""
         total = self.keys.bytes(tokens, self.page_size) + self.values.bytes(tokens, self.page_size)
         return total + _segment_bytes(self.columns, tokens, self.page_size) if self.columns else total
 
     def most_bytes(self, tokens: Tensor) -> Tensor:
-        """The most bytes that one head of ``tokens`` entries (int64, any shape) takes after any prompts and steps."""
         total = self.keys.most_bytes(tokens, self.page_size) + self.values.most_bytes(tokens, self.page_size)
         return total + _segment_bytes(self.columns, tokens, self.page_size) if self.columns else total
 
     @property
     def open_bytes(self) -> int:
-        """Bytes of one page of each segment of a head: what a budget may be exceeded by."""
         one = torch.ones(1, dtype=torch.int64)
         settled = [side.format for side in (self.keys, self.values) if side.settles]
         formats = [self.keys.dense, self.values.dense, *settled, *([self.columns] if self.columns else [])]
@@ -173,14 +188,8 @@ class Side:
         tail = self.tail.decode(heads)
         if self.settled is None or not self.settled.span(heads)[1]:
             return tail
-        settled = self.settled.decode(heads)
-        joint = torch.cat([settled, tail], 1)
-        counts = self.settled.lengths[heads]
-        if bool((counts == counts[0]).all()):
-            return joint
-        place = torch.arange(int(self.lengths[heads].max()))
-        index = torch.where(place < counts[:, None], place, place - counts[:, None] + settled.shape[1])
-        return pick(joint, index.to(joint.device))
+        longest = int(self.lengths[heads].max())
+        return joined(self.settled.decode(heads), tail, self.settled.lengths[heads], longest)
 
     def take(self, heads: slice | Tensor, index: Tensor, counts: Tensor) -> None:
         """Keeps tokens ``index`` of each head, in that order (see ``Segment.take``).
@@ -226,7 +235,8 @@ class Store:
     """
 
     def __init__(self, layout: StoreLayout, arena: Arena, heads: int):
-        self.layout, self.arena = layout, arena
+        self.layout: Layout = layout
+        self.arena = arena
         self.keys = Side(layout.keys, arena, heads)
         self.values = Side(layout.values, arena, heads)
         self.columns = Segment(arena.pool(layout.columns), heads) if layout.columns else None
@@ -304,6 +314,10 @@ class Store:
         self.note_spans()
 
     # -- reading ------------------------------------------------------------------------------------------------
+
+    def read(self, heads: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of each head, [R, longest, size] each."""
+        return self.keys.read(heads), self.values.read(heads)
 
     def read_columns(self, heads: slice | Tensor) -> dict[str, Tensor]:
         """All columns of each head, [R, longest, *shape] each."""

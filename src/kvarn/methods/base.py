@@ -14,7 +14,7 @@ from ..errors import CalibrationError
 from ..formats import Channels
 from ..memory import SideLayout
 from ..prefill import Propagation
-from ..reduction import Eviction
+from ..reduction import Eviction, Precision
 from ..spec import LayerSpec
 
 if TYPE_CHECKING:
@@ -26,8 +26,9 @@ class Method:
     """One published system. Its dataclass fields are its parameters, with the paper's defaults.
 
     A method answers for the decisions it makes and leaves the others alone: ``eviction`` and ``rows`` what to keep,
-    ``budget`` how much in each head, ``channels`` which numbers of a key, ``encoding`` in which format, ``propagation``
-    which tokens of a prompt go through all layers. Methods that leave each other's decisions alone combine with ``+``.
+    ``budget`` how much in each head, ``channels`` which numbers of a key, ``encoding`` or ``precision`` in which
+    format, ``propagation`` which tokens of a prompt go through all layers. Methods that leave each other's decisions
+    alone combine with ``+``.
     """
 
     name: ClassVar[str]
@@ -54,6 +55,10 @@ class Method:
 
     def encoding(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout] | None:
         """How keys and values of a layer are kept; None: dense."""
+        return None
+
+    def precision(self, layer: LayerSpec, dtype: torch.dtype) -> Precision | None:
+        """Which entries of a layer are kept in which of two formats; None: all in the one of ``encoding``."""
         return None
 
     def propagation(self) -> Propagation | None:
@@ -90,7 +95,7 @@ class Method:
             made.add("channels")
         if type(self).budget is not Method.budget:
             made.add("budget")
-        if type(self).encoding is not Method.encoding:
+        if type(self).encoding is not Method.encoding or type(self).precision is not Method.precision:
             made.add("encode")
         if type(self).propagation is not Method.propagation:
             made.add("carry")

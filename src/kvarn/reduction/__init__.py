@@ -2,5 +2,6 @@
 
 from .eviction import Eviction
 from .folding import Folding, folded
+from .precision import Precision
 
-__all__ = ["Eviction", "Folding", "folded"]
+__all__ = ["Eviction", "Folding", "Precision", "folded"]

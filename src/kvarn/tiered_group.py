@@ -1,0 +1,60 @@
+"""Layers whose heads keep important entries in more bits than the others."""
+
+import torch
+from torch import Tensor
+
+from .group import Fresh, LayerGroup, Step
+from .memory import Arena, TieredLayout, TieredStore
+from .reduction import Eviction, Precision
+from .scoring import ObservingScore
+from .spec import LayerSpec
+
+
+class TieredGroup(LayerGroup):
+    """A layer group whose store has two precisions; ``precision`` says which entries go to the lower one."""
+
+    store: TieredStore
+
+    def __init__(
+        self,
+        numbers: list[int],
+        layer: LayerSpec,
+        layout: TieredLayout,
+        eviction: Eviction | None,
+        precision: Precision,
+        arena: Arena,
+        batch: int,
+    ):
+        super().__init__(numbers, layer, layout, eviction, arena, batch)
+        self.tiers, self.precision = layout, precision
+
+    @property
+    def observers(self) -> list[ObservingScore]:
+        others = [observer for observer in super().observers if observer != self.precision.score]
+        return [*others, self.precision.score]
+
+    def empty(self, batch: int) -> "TieredGroup":
+        return TieredGroup(self.numbers, self.layer, self.tiers, self.eviction, self.precision, self.arena, batch)
+
+    def prompt(self, number: int, fresh: Fresh) -> Tensor:
+        out = super().prompt(number, fresh)
+        self._demote(self.heads(number), fresh.step)
+        return out
+
+    def end_token(self, step: Step) -> None:
+        super().end_token(step)
+        self._demote(self.everyone, step)
+
+    def _demote(self, heads: slice, step: Step) -> None:
+        """Lowers the precision of high entries that are too many."""
+        allowed = self.tiers.count_high(self.store.lengths[heads])
+        excess = self.store.high.lengths[heads] - allowed
+        some = torch.nonzero(excess > 0).flatten()
+        if not some.numel():
+            return
+        chosen, device = some + heads.start, self.arena.device
+        recent = (self.precision.recent_share * allowed[some]).long()
+        state = (self.store.high.lengths[chosen], self._per_head(step.after)[chosen], recent)
+        columns = self.store.high.read_columns(chosen)
+        order = self.precision.first_to_go(columns, *(t.to(device) for t in state))
+        self.store.demote(chosen, order[:, : int(excess.max())], excess[some])
