@@ -224,7 +224,7 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 
 def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.55)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 

@@ -2,5 +2,6 @@
 
 from .eviction import Eviction
 from .folding import Folding, folded
+from .merging import Clustering, Discrimination, Entries, Joined, Merging
 
-__all__ = ["Eviction", "Folding", "folded"]
+__all__ = ["Clustering", "Discrimination", "Entries", "Eviction", "Folding", "Joined", "Merging", "folded"]
