@@ -62,6 +62,17 @@ def fill(store: Store, heads: slice | Tensor, counts: list[int], first: int = 0)
     return keys, values
 
 
+def overwrite(store: Store, heads: slice | Tensor, index: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Overwrites entries ``index`` ([R, m], distinct in a row) by [R, m, size] keys and values."""
+    rows = torch.arange(index.shape[0])[:, None]
+    everything = [side.read(heads).clone() for side in (store.keys, store.values)]
+    touched = torch.zeros(everything[0].shape[:2], dtype=torch.bool)
+    touched[rows, index] = True
+    for side, new in zip(everything, (keys, values), strict=True):
+        side[rows, index] = new
+    store.overwrite(heads, touched, *everything)
+
+
 def held_pages(segment: Segment) -> list[list[int]]:
     """The page ids of each head, restated from its start and length."""
     size, pages = segment.pool.page_size, []

@@ -12,7 +12,7 @@ from torch import Tensor
 from .attention import Paid, Part, Variant, attend, attend_observed
 from .memory import Arena, Layout, Store, StoreLayout, TieredLayout, TieredStore
 from .prefill import Propagation
-from .reduction import Eviction, Folding, folded
+from .reduction import Entries, Eviction, Folding, Merging, folded
 from .scoring import Observation, ObservingScore, PromptView
 from .spec import LayerSpec
 
@@ -137,7 +137,7 @@ class LayerGroup:
 
     def chosen(self, number: int, fresh: Fresh, propagation: Propagation) -> Tensor:
         """The tokens of a first prompt that go on beyond layer ``number``, bool [B, q]."""
-        return propagation.chosen(self._view([], self.heads(number), None, fresh), fresh.step.counts)
+        return propagation.chosen(self._view(self.heads(number), None, fresh), fresh.step.counts)
 
     def end_prompt(self) -> None:
         """After the last layer."""
@@ -151,11 +151,8 @@ class LayerGroup:
         if self.eviction is not None or self.observers:
             positions = self._per_head(step.before).to(self.arena.device)
             columns["position"] = positions.int()
-            for observer in self.observers:
-                columns |= observer.fresh(positions, positions)
+            columns |= self._unread(positions)
             self._decoded = (step.after - self.prompted).to(self.arena.device)
-            if self._counted:
-                columns["count"] = torch.ones(positions.shape, device=self.arena.device)
         self.store.open_token(columns)
         lengths = self.store.lengths.view(len(self.numbers), -1)
         self._even = (lengths == lengths[:, :1]).all(1).tolist()
@@ -188,6 +185,10 @@ class LayerGroup:
         heads = torch.nonzero(self.store.lengths > capacity).flatten()
         if not heads.numel():
             return
+        if isinstance(eviction, Merging):
+            for layer in heads.split(torch.bincount(heads // self.rows).tolist()):
+                self._merge(eviction, layer, self._per_head(step.after)[layer], capacity[layer])
+            return
         device = self.arena.device
         state = (self.store.lengths, self._per_head(step.after), capacity)
         columns = self.store.read_columns(heads)
@@ -196,6 +197,19 @@ class LayerGroup:
         if isinstance(eviction, Folding):
             self._fold_stored(eviction, heads, columns, victims, counts.to(device))
         self.store.drop(heads, victims, counts)
+
+    def _merge(self, merging: Merging, heads: Tensor, seen: Tensor, capacity: Tensor) -> None:
+        """Merges entries of heads of one layer that are over their capacity."""
+        store, lengths, leaving = self.store, self.store.lengths[heads], merging.leaving(capacity)
+        columns, (keys, values) = store.read_columns(heads), store.read(heads)
+        self.arena.note_peak(keys.nbytes + values.nbytes)
+        held = (torch.arange(keys.shape[1]) < lengths[:, None]).to(keys.device)
+        columns["position"] = columns["position"].masked_fill(~held, -1)
+        joined = merging.join(Entries(keys, columns, *(t.to(keys.device) for t in (seen[:, None], capacity, leaving))))
+        store.overwrite(heads, joined.changed, joined.merged(keys), joined.merged(values))
+        store.set_columns(heads, joined.columns)
+        gone = (joined.stays | ~held).byte().argsort(dim=1, stable=True)[:, : int(leaving.max())]
+        store.drop(heads, gone, leaving)
 
     def _observe(self, number: int, paid: Paid, step: Step) -> None:
         """Brings the columns of a layer up to date with a decoding step's attention."""
@@ -215,15 +229,20 @@ class LayerGroup:
         if fits and not self.observers:
             self._append_all(heads, fresh)
             return
-        view = self._view(self.observers, heads, stored, fresh)
+        view = self._view(heads, stored, fresh)
         for observer in self.observers:
             view = observer.after_prompt(view, number)
-        keep = view.valid if self.eviction is None else self.eviction.keep(view, capacity)
-        columns = {name: view.columns[name] for observer in self.observers for name in observer.columns}
         old = 0 if stored is None else stored.keys.shape[2]
-        counts = step.counts[:, None] if self.eviction is None else torch.minimum(capacity, step.counts[:, None])
+        keep, columns, counts = view.valid, dict(view.columns), step.counts[:, None]
+        if self.eviction is not None:
+            counts = torch.minimum(capacity, counts)
+            if isinstance(self.eviction, Merging):
+                keep, columns, fresh = self._merged(self.eviction, heads, view, fresh, old, capacity)
+            else:
+                keep = self.eviction.keep(view, capacity)
         if isinstance(self.eviction, Folding):
             fresh, columns["count"] = self._fold_prompt(self.eviction, heads, stored, fresh, view, keep)
+        del columns["position"]
         if stored is not None:
             if columns:
                 self.store.set_columns(heads, {name: c[:, :, :old].flatten(0, 1) for name, c in columns.items()})
@@ -237,10 +256,9 @@ class LayerGroup:
         """Folds what a prompt's end drops of a layer: the new tokens and the counts of all candidates as they are then;
         what is stored is changed in place."""
         old = 0 if stored is None else stored.keys.shape[2]
-        counts = torch.ones(view.positions.shape, device=view.positions.device)
+        counts = view.columns["count"]
         keys, values = fresh.keys, fresh.values
         if stored is not None:
-            counts[..., :old] = self.store.read_column(heads, "count").unflatten(0, (self.batch, -1))
             keys, values = (torch.cat([a, b], 2) for a, b in ((stored.keys, keys), (stored.values, values)))
         target = eviction.target(view.positions)
         key, value, total = folded(keys, values, counts, (view.valid & ~keep) | target)
@@ -248,10 +266,7 @@ class LayerGroup:
         counts = torch.where(here, total[..., None], counts)
         keys, values = (torch.where(here[..., None], x[:, :, None], y) for x, y in ((key, keys), (value, values)))
         if stored is not None and bool(here[..., :old].any()):
-            index = target[..., :old].byte().argmax(-1, keepdim=True)
-            index = index[..., None].expand(-1, -1, 1, keys.shape[3])
-            new_keys, new_values = (x.gather(2, index).flatten(0, 1) for x in (keys, values))
-            self.store.replace(heads, index[..., 0].flatten(0, 1), new_keys, new_values)
+            self.store.overwrite(heads, *(x[:, :, :old].flatten(0, 1) for x in (here, keys, values)))
         fresh = replace(fresh, keys=keys[:, :, old:], values=values[:, :, old:])
         return fresh, counts
 
@@ -264,18 +279,49 @@ class LayerGroup:
         target = eviction.target(columns["position"]) & self._within(heads)
         keys, values = self.store.read(heads)
         key, value, total = folded(keys, values, columns["count"], leaving | target)
-        self.store.replace(heads, target.byte().argmax(-1, keepdim=True), key[:, None], value[:, None])
+        merged = (torch.where(target[..., None], x[:, None], y) for x, y in ((key, keys), (value, values)))
+        self.store.overwrite(heads, target, *merged)
         self.store.set_columns(heads, {"count": torch.where(target, total[:, None], columns["count"])})
 
-    def _view(self, observers: list[ObservingScore], heads: slice, stored: Part | None, fresh: Fresh) -> PromptView:
-        """What a score sees; columns are those of ``observers`` before the prompt's queries."""
+    def _merged(
+        self, merging: Merging, heads: slice, view: PromptView, fresh: Fresh, old: int, capacity: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Fresh]:
+        """Merges a prompt's candidates, ``old`` of which are stored: which stay (bool [B, K, n]), their columns, and
+        the new ones as they become. Stored ones are overwritten in place."""
+        keys, values = (
+            torch.cat([getattr(part, side) for part in view.parts], 2).flatten(0, 1) for side in ("keys", "values")
+        )
+        columns = {name: column.flatten(0, 1) for name, column in view.columns.items()}
+        seen = view.seen.repeat_interleave(self.layer.kv_heads)[:, None]
+        room = capacity.flatten().to(keys.device)
+        leaving = (view.valid.flatten(0, 1).sum(1) - room).clamp(min=0)
+        joined = merging.join(Entries(keys, columns, seen, room, leaving))
+        self.arena.note_peak(2 * (keys.nbytes + values.nbytes))
+        keys, values = joined.merged(keys), joined.merged(values)
+        if old:
+            self.store.overwrite(heads, joined.changed[:, :old], keys[:, :old], values[:, :old])
+        shape = (self.batch, -1)
+        columns |= joined.columns
+        fresh = replace(fresh, keys=keys[:, old:].unflatten(0, shape), values=values[:, old:].unflatten(0, shape))
+        keep = joined.stays.unflatten(0, shape) & view.valid
+        return keep, {name: column.unflatten(0, shape) for name, column in columns.items()}, fresh
+
+    def _unread(self, positions: Tensor, prompt: Step | None = None) -> dict[str, Tensor]:
+        """The columns of new entries at ``positions``, but for these, before a query has read them."""
+        columns = self.eviction.fresh(positions, positions) if self.eviction else {}
+        for observer in self.observers:
+            first = positions
+            if prompt is not None:
+                most = prompt.counts if observer.of_prompt is None else prompt.counts.clamp(max=observer.of_prompt)
+                first = (prompt.after - most).to(positions.device)[:, None, None]
+            columns |= observer.fresh(positions, first)
+        return columns
+
+    def _view(self, heads: slice, stored: Part | None, fresh: Fresh) -> PromptView:
+        """What a score sees; columns are those before the prompt's queries."""
         step = fresh.step
         positions = step.positions[:, None].expand(-1, self.layer.kv_heads, -1)
-        columns = {"position": positions}
-        for observer in observers:
-            observed = step.counts if observer.of_prompt is None else step.counts.clamp(max=observer.of_prompt)
-            first = (step.after - observed).to(positions.device)[:, None, None]
-            columns |= observer.fresh(positions, first)
+        columns = {"position": positions, **self._unread(positions, step)}
         if stored is not None:
             old = self._columns(heads)
             columns = {name: torch.cat([old[name], column], 2) for name, column in columns.items()}
@@ -337,7 +383,12 @@ class LayerGroup:
         self._append(heads, fresh, newest[:, None], step.counts.clamp(max=kept)[:, None])
 
     def _append_all(self, heads: slice, fresh: Fresh) -> None:
-        self._append(heads, fresh, fresh.step.positions[:, None] >= 0, fresh.step.counts[:, None])
+        positions = fresh.step.positions[:, None]
+        columns = {}
+        if self.eviction is not None:
+            each = positions.expand(-1, self.layer.kv_heads, -1)
+            columns = self.eviction.fresh(each, each)
+        self._append(heads, fresh, positions >= 0, fresh.step.counts[:, None], columns)
 
     def _append(
         self, heads: slice, fresh: Fresh, keep: Tensor, counts: Tensor, columns: dict[str, Tensor] | None = None
@@ -350,8 +401,6 @@ class LayerGroup:
         keys, values = self._rows(heads, fresh)
         position = fresh.step.positions.to(torch.int32)[:, None].expand(-1, self.layer.kv_heads, -1)
         columns = {"position": position, **(columns or {})}
-        if self.eviction is not None and "count" in self.eviction.columns and "count" not in columns:
-            columns["count"] = torch.ones(position.shape, device=position.device)
         if int(counts.min()) < keys.shape[2]:
             index = (~keep).byte().argsort(dim=-1, stable=True)[..., :longest].expand(-1, self.layer.kv_heads, -1)
             keys = keys.gather(2, index[..., None].expand(-1, -1, -1, keys.shape[3]))

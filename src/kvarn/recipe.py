@@ -18,7 +18,7 @@ from .methods import METHODS, Method
 from .methods.base import default_of
 from .plan import Plan, Planner
 from .prefill import Propagation
-from .reduction import Eviction, Folding, Precision
+from .reduction import Eviction, Folding, Merging, Precision
 from .spec import LayerSpec, ModelSpec
 
 _DECISIONS = {
@@ -116,8 +116,8 @@ class Recipe:
         if precision is None:
             columns = Columns(eviction.columns) if eviction else None
             return StoreLayout(*self._sides(layer, dtype), columns, page_size)
-        if isinstance(eviction, Folding):
-            raise RecipeError(f"{self}: entries cannot both stand for several and be kept in two precisions")
+        if isinstance(eviction, Folding | Merging):
+            raise RecipeError(f"{self}: entries that stand for several cannot be kept in two precisions")
         columns = Columns({**(eviction.columns if eviction else {}), **precision.columns})
         high, low = (StoreLayout(*sides, columns, page_size) for sides in (precision.high, precision.low))
         return TieredLayout(high, low, precision.share)
@@ -236,7 +236,7 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 
 def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.55)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 

@@ -25,6 +25,7 @@ from store_model import (
     fill,
     layout,
     make_store,
+    overwrite,
     page_nbytes,
     snapshot,
     token_side,
@@ -349,7 +350,7 @@ def writes(store: Store) -> dict[str, Callable[[], None]]:
         "keep": lambda: store.keep(one, some),
         "drop": lambda: store.drop(one, torch.tensor([[1, 4]])),
         "set_columns": lambda: store.set_columns(one, {"mass": torch.ones(1, length)}),
-        "replace": lambda: store.replace(one, torch.tensor([[0, 3]]), keys, values),
+        "overwrite": lambda: overwrite(store, one, torch.tensor([[0, 3]]), keys, values),
         "free": lambda: store.free(one),
     }
     if not (store.keys.settled or store.values.settled):
@@ -357,7 +358,7 @@ def writes(store: Store) -> dict[str, Callable[[], None]]:
     return operations
 
 
-OPERATIONS = ["append", "token", "keep", "drop", "set_columns", "replace", "free"]
+OPERATIONS = ["append", "token", "keep", "drop", "set_columns", "overwrite", "free"]
 WRITES = [(kind, operation) for kind in LAYOUTS for operation in OPERATIONS]
 WRITES += [("dense", "pop_front"), ("uneven", "pop_front")]  # only dense stores pop
 
@@ -482,7 +483,7 @@ def limited(kind: str, operation: str, shared: bool) -> None:
 def ceiling_cases() -> Iterator[tuple[str, str, bool]]:
     for kind in ("dense", "kivi"):
         for shared in (False, True):
-            for operation in ["append", "open_token", "settle", "keep", "drop", "set_columns", "replace"]:
+            for operation in ["append", "open_token", "settle", "keep", "drop", "set_columns", "overwrite"]:
                 if (kind, operation) == ("dense", "settle"):
                     continue
                 yield kind, operation, shared

@@ -26,6 +26,7 @@ from store_model import (
     check_settled,
     held_pages,
     layout,
+    overwrite,
     vectors,
 )
 
@@ -174,7 +175,7 @@ class Driven(RuleBasedStateMachine):
         self.touch([(which, head) for head in ids])
 
     @rule(which=which_store, heads=some_heads, count=st.integers(1, 3), seed=seeds)
-    def replace(self, which: int, heads: slice | Tensor, count: int, seed: int) -> None:
+    def overwrite(self, which: int, heads: slice | Tensor, count: int, seed: int) -> None:
         count = min(count, self.shortest(which, heads))
         if not count:
             return
@@ -182,7 +183,7 @@ class Driven(RuleBasedStateMachine):
         generator = torch.Generator().manual_seed(seed)
         index = torch.stack([torch.randperm(len(self.model[which][head]), generator=generator)[:count] for head in ids])
         keys, values = vectors(store, len(ids), count, generator=generator)
-        store.replace(heads, index, keys, values)
+        overwrite(store, heads, index, keys, values)
         self.touch([(which, head) for head in ids])
         for row, head in enumerate(ids):
             for column, place in enumerate(index[row].tolist()):

@@ -1,21 +1,25 @@
 """How far recipes are from the full cache on a real text that is decoded token by token."""
 
+from collections.abc import Sequence
 from pydoc_data.topics import topics
 
 import torch
 
 import kvarn
+from kvarn.methods import Method
 
 TEXT = "\n\n".join(topics[name] for name in ("objects", "execmodel"))
 
 
 @torch.no_grad()
-def divergences(smollm2, recipes: list[str], entries: int, prompt: int = 150, steps: int = 36) -> list[float]:
+def divergences(
+    smollm2, recipes: Sequence[str | Method], entries: int, prompt: int = 150, steps: int = 36
+) -> list[float]:
     """Mean KL(full || recipe) in nats over the ``steps`` tokens that follow a prompt, at ``entries`` a head."""
     model, tokenizer = smollm2
     ids = tokenizer(TEXT, return_tensors="pt").input_ids[:, : prompt + steps]
 
-    def predictions(recipe: str, budget: int | None) -> torch.Tensor:
+    def predictions(recipe: str | Method, budget: int | None) -> torch.Tensor:
         cache = kvarn.Cache(model, recipe, budget)
         model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
         logits = [model(ids[:, i : i + 1], past_key_values=cache).logits[0] for i in range(prompt, prompt + steps)]

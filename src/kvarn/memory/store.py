@@ -210,15 +210,13 @@ class Side:
         self.tail.rewrite(heads, self.tail.format.encode(moved), rest)
         self.settle(heads)
 
-    def replace(self, heads: slice | Tensor, index: Tensor, x: Tensor) -> None:
-        """Overwrites tokens ``index`` (int64 [R, m]) by ``x`` ([R, m, size]), each in the segment it lies in."""
-        everything = self.read(heads)
-        everything = everything.scatter(1, index[..., None].expand_as(x), x)
-        touched = torch.zeros(everything.shape[:2], dtype=torch.bool, device=index.device).scatter_(1, index, True)
+    def overwrite(self, heads: slice | Tensor, touched: Tensor, everything: Tensor) -> None:
+        """Overwrites the tokens in ``touched`` (bool [R, longest]) by theirs in ``everything`` ([R, longest, size]),
+        each in the segment it lies in."""
         offset = torch.zeros_like(self.lengths[heads])
         for segment in self.segments:
             lengths = segment.lengths[heads]
-            place = (offset[:, None] + torch.arange(int(lengths.max()))).to(index.device)
+            place = (offset[:, None] + torch.arange(int(lengths.max()))).to(touched.device)
             segment.overwrite(heads, pick(everything, place), pick(touched, place))
             offset += lengths
 
@@ -381,11 +379,12 @@ class Store:
             segment.pop_front(heads, counts)
         self.note_spans()
 
-    def replace(self, heads: slice | Tensor, index: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Overwrites entries ``index`` (int64 [R, m], distinct in a row) by [R, m, size] keys and values (merging)."""
+    def overwrite(self, heads: slice | Tensor, touched: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Overwrites the entries in ``touched`` (bool [R, longest]) by theirs in ``keys`` and ``values`` ([R, longest,
+        size] each)."""
         self._require_changes(heads)
-        self.keys.replace(heads, index, keys)
-        self.values.replace(heads, index, values)
+        self.keys.overwrite(heads, touched, keys)
+        self.values.overwrite(heads, touched, values)
 
     def share(self, heads: slice | Tensor, source: "Store", source_heads: slice | Tensor) -> None:
         """Gives empty ``heads`` the entries of another store's heads, by reference, copied on the first write."""

@@ -2,6 +2,17 @@
 
 from .eviction import Eviction
 from .folding import Folding, folded
+from .merging import Clustering, Discrimination, Entries, Joined, Merging
 from .precision import Precision
 
-__all__ = ["Eviction", "Folding", "Precision", "folded"]
+__all__ = [
+    "Clustering",
+    "Discrimination",
+    "Entries",
+    "Eviction",
+    "Folding",
+    "Joined",
+    "Merging",
+    "Precision",
+    "folded",
+]

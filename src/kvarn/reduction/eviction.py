@@ -46,6 +46,10 @@ class Eviction:
         """What is kept beside each entry."""
         return {"position": torch.int32, **(self.observes.columns if self.observes else {})}
 
+    def fresh(self, positions: Tensor, first: Tensor) -> dict[str, Tensor]:
+        """The columns of new entries but for their position (see ``ObservingScore.fresh``)."""
+        return self.observes.fresh(positions, first) if self.observes else {}
+
     @property
     def at_once(self) -> int:
         """The least entries that leave a full head together."""
