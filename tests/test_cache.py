@@ -53,6 +53,8 @@ RECIPES = [
     (DUO + KIVI(bits=8, group=8, residual=16), 0.4),
     (RAZOR, None),
     (RAZOR + KIVI(bits=8, group=8, residual=16), None),
+    ("kvmerger", 0.5),
+    ("kvmerger + kivi(bits=8, group=4, residual=16)", 0.5),
     ("d2o", 0.5),
     ("d2o + kivi(bits=8, group=4, residual=16)", 0.5),
     ("chelsea(chunk=8, sinks=2, recent=4, block=2)", 0.5),

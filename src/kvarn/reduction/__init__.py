@@ -2,7 +2,7 @@
 
 from .eviction import Eviction
 from .folding import Folding, folded
-from .merging import Clustering, Discrimination, Entries, Joined, Merging
+from .merging import Clustering, Discrimination, Entries, Joined, Merging, Runs
 from .precision import Precision
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "Joined",
     "Merging",
     "Precision",
+    "Runs",
     "folded",
 ]

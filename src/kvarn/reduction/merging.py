@@ -197,3 +197,48 @@ class Discrimination(Merging):
         mean = torch.where(real, similar, 0).sum(1, keepdim=True) / count.clamp(min=1)
         now = torch.where(old == -torch.inf, mean, self.memory * old + (1 - self.memory) * mean)
         return torch.where(count > 0, now, old)
+
+
+@dataclass(frozen=True)
+class Runs(Merging):
+    """Runs of consecutive entries with similar keys become one, at the entry of most attention.
+
+    KVMerger (arXiv 2407.08454, section 3): of the pairs of neighbours the most similar (cosine) are joined, as many as
+    entries have to leave; pairs of which one is protected come last. Protected are the newest and the share ``heavy``
+    of a head's capacity with the highest scores. Of the members of a run the pivot is that of the highest score, and
+    the others count exp(-d^2 / (2 ``sigma``^2)) in the mean, d being the distance of their keys to the pivot's.
+    """
+
+    heavy: float = 0.0
+    sigma: float = 5.0
+
+    def join(self, entries: Entries) -> Joined:
+        position = entries.columns["position"]
+        size, held = position.shape[1], position >= 0
+        score = self.score.stored(entries.columns, entries.seen).masked_fill(~held, -torch.inf)
+        order = position.long().masked_fill(~held, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
+        joins = self._joins(entries, score, held, order)
+        # A run has a number, the same for all its members: how many runs have begun up to them.
+        run = torch.empty_like(order).scatter(1, order, pad(~joins, (1, 0), value=True).cumsum(1) - 1)
+        best = torch.full_like(score, -torch.inf).scatter_reduce(1, run, score, "amax")
+        own = torch.arange(size, device=order.device).expand_as(order)
+        places = torch.where(score == best.gather(1, run), own, size)
+        pivot = torch.full_like(order, size).scatter_reduce(1, run, places, "amin").gather(1, run)
+        pivots = entries.keys.gather(1, pivot[..., None].expand_as(entries.keys))
+        distance = (entries.keys.float() - pivots.float()).square().sum(-1)
+        return Joined(pivot, torch.exp(-distance / (2 * self.sigma**2)))
+
+    def _joins(self, entries: Entries, score: Tensor, held: Tensor, order: Tensor) -> Tensor:
+        """Which entries, in order, join the next one: bool [R, n - 1]."""
+        protects = self.protects(entries)
+        open_ = score.masked_fill(protects, -torch.inf)
+        rank = open_.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        protects = protects | (rank < (entries.capacity[:, None] * self.heavy).long())
+        directions = normalize(entries.keys.float(), dim=-1)
+        directions = directions.gather(1, order[..., None].expand_as(directions))
+        protects, held = protects.gather(1, order), held.gather(1, order)
+        similar = (directions[:, 1:] * directions[:, :-1]).sum(-1) - 4.0 * (protects[:, 1:] | protects[:, :-1])
+        similar = similar.masked_fill(~held[:, 1:], -torch.inf)
+        best = similar.argsort(dim=1, descending=True, stable=True)
+        within = torch.arange(best.shape[1], device=best.device) < entries.leaving[:, None]
+        return torch.zeros_like(within).scatter(1, best, within)
