@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 import kvarn
 from drive import left_padded, logits_of
+from kvarn.budgets import Cascade
 from kvarn.errors import BudgetError, CacheMismatch, PromptTooLong, Unsupported
 from kvarn.methods.duoattention import DuoAttention
 from kvarn.methods.kivi import KIVI
@@ -49,6 +50,8 @@ RECIPES = [
     ("scissorhands(history=16, recent=4, drop=0.3) + kivi(bits=8, group=4, residual=16)", 0.5),
     ("keyformer", 0.5),
     ("keyformer + kivi(bits=8, group=4, residual=16)", 0.5),
+    ("cake(window=8)", 0.5),
+    ("cake(window=8) + kivi(bits=8, group=16, residual=16)", 0.5),
     (DUO, 0.5),
     (DUO + KIVI(bits=8, group=8, residual=16), 0.4),
     (RAZOR, None),
@@ -188,8 +191,9 @@ def test_the_prompt_is_stored_within_the_budget_and_every_page_comes_back(recipe
         model(PROMPT.repeat(1, 4), past_key_values=cache)
     report = cache.report()
     arena = cache._arena
-    if cache.recipe.propagation is None:
-        assert report.bytes == cache.plan.bytes[0]
+    if cache.recipe.propagation is None:  # layers that were cut in the middle of a prompt may hold less
+        cut = isinstance(cache.recipe.policy, Cascade)
+        assert report.bytes <= cache.plan.bytes[0] if cut else report.bytes == cache.plan.bytes[0]
     assert budget is None or report.bytes <= cache.plan.allowed[0]
     assert report.bytes == arena.bytes + report.by_format["tables"] + report.by_format.get("bases", 0)
     assert report.peak_bytes >= report.bytes

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .attention.interface import NAME, Mask, Pending
 from .attention.reference import Variant
-from .budgets import Budget, check_budget
+from .budgets import Budget, Cascade, check_budget
 from .errors import CacheMismatch, PromptTooLong, Unsupported
 from .group import Fresh, LayerGroup, Step
 from .input_group import InputGroup
@@ -22,6 +22,7 @@ from .prefill import Carried
 from .recipe import Recipe
 from .rematerialization import inputs_of
 from .report import Report
+from .scoring import PromptView
 from .spec import LayerSpec, ModelSpec
 from .tiered_group import TieredGroup
 
@@ -246,8 +247,28 @@ class Cache(TransformersCache):
         elif plan is not None:
             for group in self._groups:
                 group.capacity = plan.capacity[group.numbers]
+            self._cascade(plan, step)
         self.plan, self._step, self._decoding, self._next_layer = plan, step, decoding, 0
         self._tokens = tokens
+
+    def _cascade(self, plan: Plan, step: Step) -> None:
+        """Where layers share the budget by what they show: has them tell, and divides it anew after each of them."""
+        policy = self.recipe.policy
+        # Cutting a layer breaks the blocks of formats, so what they take is not known exactly.
+        planner = self.recipe.planner(self.spec, self.budget, step.after.tolist(), self.page_size, empty=False)
+        preferences = torch.zeros(plan.capacity.shape[:2], dtype=torch.float64)
+        everything = bool((plan.capacity >= step.after[:, None]).all())
+
+        def divide(number: int, view: PromptView) -> None:
+            assert isinstance(policy, Cascade)
+            preferences[number] = policy.preference(view).cpu()
+            capacity = planner.preferring(preferences)
+            for group in self._groups:
+                group.shrink(capacity[group.numbers], number, step.after)
+            self.plan = planner.planned(capacity)
+
+        for group in self._groups:
+            group.divide = divide if isinstance(policy, Cascade) and not everything else None
 
     def _resolve(self, step: Step) -> Plan:
         return self.recipe.resolve(self.spec, self.budget, step.after.tolist(), self.page_size, empty=not self._groups)
@@ -275,6 +296,7 @@ class Cache(TransformersCache):
         assert self._step is not None
         self._carry_all()
         for group in self._groups:
+            group.divide = None
             if self._decoding:
                 group.end_token(self._step)
             else:

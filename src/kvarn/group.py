@@ -4,6 +4,7 @@ Shapes: B sequences, H query heads, K KV heads, q new tokens, n entries, D head 
 (layer, sequence, KV head), so that a layer is a slice.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,6 +71,8 @@ class LayerGroup:
         self.capacity = torch.zeros((len(numbers), batch, layer.kv_heads), dtype=torch.int64)
         self.prompted = torch.zeros(batch, dtype=torch.int64)  # tokens of each sequence up to its last prompt's end
         self._decoded: Tensor  # tokens of each sequence since then, int64 [B] on the device, in a decoding step
+        # Called with a layer and its view before what it keeps is decided, where layers share by what they show.
+        self.divide: Callable[[int, PromptView], None] | None = None
         self._place = {number: place for place, number in enumerate(numbers)}
         self._even = [False] * len(numbers)  # whether the heads of a layer hold equally many entries
 
@@ -142,6 +145,18 @@ class LayerGroup:
     def end_prompt(self) -> None:
         """After the last layer."""
         self.store.note_spans()
+
+    def shrink(self, capacity: Tensor, before: int, after: Tensor) -> None:
+        """Takes on another ``capacity`` in the middle of a prompt up to ``after`` (int64 [B]) tokens; the layers before
+        ``before``, which have stored it, are cut to that."""
+        self.capacity = capacity
+        stored = torch.tensor([number < before for number in self.numbers]).repeat_interleave(self.rows)
+        heads = torch.nonzero(stored & (self.store.lengths > capacity.flatten())).flatten()
+        if self.eviction is None or not heads.numel():
+            return
+        counts, device = capacity.flatten()[heads], self.arena.device
+        state = (t.to(device) for t in (self.store.lengths[heads], self._per_head(after)[heads], counts))
+        self.store.keep(heads, self.eviction.best(self.store.read_columns(heads), *state), counts)
 
     # -- decoding -----------------------------------------------------------------------------------------------
 
@@ -232,6 +247,9 @@ class LayerGroup:
         view = self._view(heads, stored, fresh)
         for observer in self.observers:
             view = observer.after_prompt(view, number)
+        if self.divide is not None:
+            self.divide(number, view)
+            capacity = self.capacity[self._place[number]]
         old = 0 if stored is None else stored.keys.shape[2]
         keep, columns, counts = view.valid, dict(view.columns), step.counts[:, None]
         if self.eviction is not None:

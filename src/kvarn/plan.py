@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .budgets import UNBOUNDED, Budget, Heads, Policy, allowed_bytes, highest
+from .budgets import UNBOUNDED, Budget, Heads, Policy, Preferred, allowed_bytes, highest
 from .errors import BudgetError
 from .memory import Layout
 from .reduction import Eviction
@@ -65,6 +65,11 @@ class Planner:
         counted = counted[self._full] if bool(self._full.any()) else counted
         taken = self._bytes(torch.minimum(capacity, length)) + self._fixed
         return Plan(capacity, counted.double().mean((0, 2)).long().tolist(), taken.tolist(), self._allowed)
+
+    def preferring(self, preferences: Tensor) -> Tensor:
+        """Capacities [layers, B, K] where layers share the budget by ``preferences`` (float64 [layers, B])."""
+        assert self.eviction is not None
+        return self._divided(self.eviction, Preferred(preferences))
 
     @cached_property
     def heads(self) -> Heads:

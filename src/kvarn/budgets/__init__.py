@@ -1,15 +1,18 @@
 """How much each layer and head may keep."""
 
 from .amounts import Budget, allowed_bytes, check_budget, parse_budget, parse_bytes
+from .cascade import Cascade, Preferred
 from .policy import UNBOUNDED, Heads, Policy, Shares, Uniform, highest
 from .retrieval import ChosenHeads, RankedHeads
 
 __all__ = [
     "UNBOUNDED",
     "Budget",
+    "Cascade",
     "ChosenHeads",
     "Heads",
     "Policy",
+    "Preferred",
     "RankedHeads",
     "Shares",
     "Uniform",

@@ -72,6 +72,17 @@ class Eviction:
         within = torch.arange(most, device=best.device) < capacity[..., None]
         return torch.zeros_like(view.valid).scatter_(-1, best, within) & view.valid
 
+    def best(self, columns: Mapping[str, Tensor], lengths: Tensor, seen: Tensor, capacity: Tensor) -> Tensor:
+        """Which stored entries stay where heads shrink to ``capacity``, bool [R, n]; arguments as for ``victims``."""
+        positions = columns["position"]
+        recent = self.recent + (capacity * self.recent_share).long()
+        protect = (positions >= (seen - recent)[:, None]) | (positions < self.sinks)
+        place = torch.arange(positions.shape[1], device=positions.device)
+        ranked = protected(self.score.stored(columns, seen[:, None]), protect)
+        ranked = ranked.masked_fill(place >= lengths[:, None], -torch.inf)
+        best = ranked.argsort(dim=-1, descending=True, stable=True)
+        return torch.zeros_like(protect).scatter(1, best, place < capacity[:, None])
+
     def victims(self, columns: Mapping[str, Tensor], lengths: Tensor, seen: Tensor, capacity: Tensor) -> Tensor:
         """The entries that leave each head, in the order in which they would: int64 [R, the most of ``leaving``].
 
