@@ -7,5 +7,20 @@ from .dense import Dense
 from .integer import Int
 from .narrow import Channels, Narrow
 from .sparse import Sparse
+from .spectral import Spectral
+from .ternary import Ternary
 
-__all__ = ["Channels", "ColumnType", "Columns", "Corrected", "Dense", "Format", "Int", "Narrow", "Rows", "Sparse"]
+__all__ = [
+    "Channels",
+    "ColumnType",
+    "Columns",
+    "Corrected",
+    "Dense",
+    "Format",
+    "Int",
+    "Narrow",
+    "Rows",
+    "Sparse",
+    "Spectral",
+    "Ternary",
+]
