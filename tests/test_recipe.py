@@ -15,9 +15,11 @@ from kvarn.budgets import check_budget, parse_bytes
 from kvarn.errors import BudgetError, RecipeError
 from kvarn.methods import METHODS, Method
 from kvarn.methods.full import Full
+from kvarn.methods.gear import GEAR
 from kvarn.methods.h2o import H2O
 from kvarn.methods.kivi import KIVI
 from kvarn.methods.snapkv import SnapKV
+from kvarn.methods.vidkv import VidKV
 from kvarn.methods.window import Window
 from kvarn.recipe import Recipe
 from kvarn.spec import LayerSpec, ModelSpec
@@ -412,7 +414,15 @@ def test_decoding_stays_within_the_budget(name: str, text: str, budget: object, 
 
 
 formats_in_blocks = st.builds(
-    lambda bits, group, blocks: KIVI(bits, group, group * blocks),
+    lambda make, bits, group, blocks: make(bits, group, group * blocks),
+    st.sampled_from(
+        [
+            KIVI,
+            KIVI,
+            lambda bits, group, block: GEAR(bits, group, block, rank=1),
+            lambda _, g, r: VidKV(1.5, 1.58, g, r),
+        ]
+    ),
     st.sampled_from([2, 4, 8]),
     st.sampled_from([4, 8, 16]),
     st.integers(1, 4),
@@ -420,7 +430,7 @@ formats_in_blocks = st.builds(
 evictors = st.sampled_from([SnapKV(window=8), H2O(), H2O(interval=1), H2O(interval=5), Window(), Window(sinks=0)])
 
 
-@settings(max_examples=10)
+@settings(max_examples=25)
 @given(
     evictors,
     formats_in_blocks,

@@ -426,15 +426,17 @@ class LayerGroup:
             columns = {name: _gathered(column, index) for name, column in columns.items()}
         rows = {name: column.flatten(0, 1) for name, column in columns.items()}
         new = keys.flatten(0, 1), values.flatten(0, 1)
-        if watched := self.store.watched:
+        watched = self.store.watched
+        if watched is not None:
             self.store.observe(heads, *new, counts, self._last_queries(fresh, watched))
         self.store.append(heads, *new, rows, counts)
 
     def _last_queries(self, fresh: Fresh, count: int) -> Tensor:
         """The last ``count`` real queries of a prompt, zero where there are fewer: [B * K, G, count, D]."""
         positions, index = fresh.step.positions.sort(dim=1, stable=True)
-        rows = index[:, None, -count:, None].expand(-1, fresh.query.shape[1], -1, fresh.query.shape[3])
-        real = positions[:, None, -count:, None] >= 0
+        first = max(index.shape[1] - count, 0)
+        rows = index[:, None, first:, None].expand(-1, fresh.query.shape[1], -1, fresh.query.shape[3])
+        real = positions[:, None, first:, None] >= 0
         last = fresh.query.gather(2, rows).masked_fill(~real, 0)
         return last.unflatten(1, (self.layer.kv_heads, -1)).flatten(0, 1)
 

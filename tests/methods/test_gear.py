@@ -113,8 +113,8 @@ def test_the_error_falls_with_the_rank_and_is_near_the_best(axis):
         last = error
 
 
-def test_half_precision_and_odd_blocks():
-    """Constant and empty errors have no factors, and do no harm."""
+def test_blocks_without_an_error():
+    """There is nothing to factor, and no harm in it."""
     fmt = Corrected(Int(4, "channel", 8, 16, torch.bfloat16), 8, 2, 0.1, 3)
     for x in (torch.zeros(1, 8, 16), torch.full((1, 8, 16), 3.0)):
         assert torch.equal(fmt.decode(fmt.encode(x.bfloat16())).float(), x)

@@ -8,6 +8,8 @@ from .dense import Dense
 from .integer import Int
 from .narrow import Channels, Narrow
 from .sparse import Sparse
+from .spectral import Spectral
+from .ternary import Ternary
 
 __all__ = [
     "Balanced",
@@ -21,4 +23,6 @@ __all__ = [
     "Narrow",
     "Rows",
     "Sparse",
+    "Spectral",
+    "Ternary",
 ]

@@ -34,17 +34,20 @@ class Narrow(Format):
         self.inner, self.kept, self.watched, self.size = inner, kept, watched, size
         self.unit, self.layout = inner.unit, inner.layout
         self.name = f"narrow{kept}/{size} {inner.name}"
-        self.state = {"channels": ((kept,), torch.int16)}
+        self.state = {"channels": ((kept,), torch.int16), **inner.state}
 
     def observe(self, x: Tensor, held: Tensor, queries: Tensor) -> Rows:
         of_queries = queries.float().square().sum((1, 2))
         of_tokens = x.float().square().masked_fill(~held[..., None], 0).sum(1)
         best = (of_queries * of_tokens).topk(self.kept, sorted=False).indices
-        return {"channels": best.sort(-1).values.to(torch.int16)}
+        channels = best.sort(-1).values
+        narrow = x.gather(-1, channels[:, None].expand(-1, x.shape[1], -1))
+        return {"channels": channels.to(torch.int16), **self.inner.observe(narrow, held, queries)}
 
     def given(self, state: Rows) -> "Narrow":
         bound = copy(self)
         bound._channels = state["channels"].long()
+        bound.inner = self.inner.given(state)
         return bound
 
     def encode(self, x: Tensor) -> Rows:

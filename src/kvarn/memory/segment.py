@@ -172,6 +172,7 @@ class Segment:
     def observe(self, heads: slice | Tensor, x: Tensor, counts: Tensor, queries: Tensor) -> None:
         """Makes the state of heads that are empty: what they will hold is encoded by it (see ``Format.observe``)."""
         held = torch.arange(x.shape[1]) < counts[:, None]
+        queries = queries[:, :, max(queries.shape[2] - self.format.watched, 0) :]
         empty = (self.lengths[heads] == 0).to(x.device)
         for name, new in self.format.observe(x, held.to(x.device), queries).items():
             old = self.state[name]

@@ -255,16 +255,16 @@ class Store:
     # -- growing ------------------------------------------------------------------------------------------------
 
     @property
-    def watched(self) -> int:
-        """How many of a prompt's last queries ``observe`` needs; 0: there is nothing to observe."""
-        return max(segment.format.watched for segment in self.segments)
+    def watched(self) -> int | None:
+        """How many of a prompt's last queries ``observe`` needs; None: no format has a state."""
+        return max((segment.format.watched for segment in self.segments if segment.state), default=None)
 
     def observe(self, heads: slice | Tensor, keys: Tensor, values: Tensor, counts: Tensor, queries: Tensor) -> None:
         """Before ``append`` of a prompt's keys and values: makes the states of formats that have one, in heads where
         nothing has settled. ``queries`` are the last of the prompt, [R, G, watched, size]."""
         for side, x in ((self.keys, keys), (self.values, values)):
             if side.settled and side.settled.state:
-                side.settled.observe(heads, x, counts, queries[:, :, -side.settled.format.watched :])
+                side.settled.observe(heads, x, counts, queries)
 
     def append(
         self, heads: slice | Tensor, keys: Tensor, values: Tensor, columns: Mapping[str, Tensor], counts: Tensor
