@@ -12,12 +12,17 @@ from tiny_models import make_tiny
 pytestmark = pytest.mark.gpu
 
 
-EXACT = [pair for pair in RECIPES if "kivi" not in pair[0]]
+CODED = ("kivi", "gear", "mikv", "vidkv", "xquant")  # one number that is rounded the other way changes what follows
+EXACT = [pair for pair in RECIPES if not any(name in str(pair[0]) for name in CODED)]
+EVERYWHERE = [pair for pair in EXACT if "fastkv" not in str(pair[0])]
 
 
-@pytest.mark.parametrize(("recipe", "budget"), EXACT)
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gemma2", "gpt_oss"])
-def test_a_gpu_gives_what_the_cpu_gives(recipe, budget, architecture):
+@pytest.mark.parametrize(
+    ("architecture", "recipe", "budget"),
+    [("llama", *pair) for pair in EXACT]
+    + [(name, *pair) for name in ("gemma3", "gemma2", "gpt_oss") for pair in EVERYWHERE],
+)
+def test_a_gpu_gives_what_the_cpu_gives(architecture, recipe, budget):
     ids, mask = left_padded([PROMPT[0, :90], PROMPT[0, 10:57]])
     outcome = {}
     for device in ("cpu", "cuda"):

@@ -35,7 +35,7 @@ def answer(smollm2, prompt: torch.Tensor, recipe: str, budget: float | None) -> 
     return tokenizer.decode(out[0, prompt.shape[1] :])
 
 
-@pytest.mark.parametrize(("tokens", "depth"), [(2000, 0.2), (2000, 0.5), (2000, 0.7), (4000, 0.4)])
+@pytest.mark.parametrize(("tokens", "depth"), [(2000, 0.2), (2000, 0.7)])
 def test_snapkv_finds_at_a_quarter_of_the_bytes_what_the_window_loses(smollm2, tokens, depth):
     prompt = haystack_with_needle(smollm2[1], tokens, depth)
     assert "73915" in answer(smollm2, prompt, "full", None)
@@ -58,9 +58,9 @@ def test_full_equals_transformers_at_4k_tokens(smollm2):
 
 @pytest.fixture(scope="module")
 def divergences(smollm2) -> dict[str, float]:
-    """Mean KL(full || recipe) in nats over the 48 tokens that really follow a text of 1,500 tokens."""
+    """Mean KL(full || recipe) in nats over the 20 tokens that really follow a text of 1,500 tokens."""
     model, tokenizer = smollm2
-    ids = tokenizer(HAYSTACK, return_tensors="pt").input_ids[:, :1548]
+    ids = tokenizer(HAYSTACK, return_tensors="pt").input_ids[:, :1520]
     recipes = {
         "full": ("full", None),
         "window": ("window", 0.25),
@@ -76,7 +76,7 @@ def divergences(smollm2) -> dict[str, float]:
         for name, (recipe, budget) in recipes.items():
             cache = kvarn.Cache(model, recipe, budget)
             model(ids[:, :1500], past_key_values=cache, logits_to_keep=1)
-            steps = [model(ids[:, i : i + 1], past_key_values=cache).logits[0] for i in range(1500, 1548)]
+            steps = [model(ids[:, i : i + 1], past_key_values=cache).logits[0] for i in range(1500, 1520)]
             predictions[name] = torch.cat(steps).double().log_softmax(-1)
     full = predictions["full"]
     return {name: float((full.exp() * (full - p)).sum(-1).mean()) for name, p in predictions.items()}

@@ -9,8 +9,8 @@ from kvarn.errors import Unsupported
 from kvarn.spec import LayerSpec, ModelSpec
 from tiny_models import TINY, WINDOW, make_tiny
 
-FULL = LayerSpec(query_heads=4, kv_heads=2, key_size=16, value_size=16, window=None)
-SLIDING = LayerSpec(query_heads=4, kv_heads=2, key_size=16, value_size=16, window=WINDOW)
+FULL = LayerSpec(query_heads=4, kv_heads=2, key_size=16, value_size=16, window=None, input_size=64)
+SLIDING = LayerSpec(query_heads=4, kv_heads=2, key_size=16, value_size=16, window=WINDOW, input_size=64)
 LAYERS = {
     "llama": [FULL] * 4,
     "mistral": [SLIDING] * 4,
@@ -47,11 +47,11 @@ def test_dense_bytes_are_those_of_a_plain_cache(name: str) -> None:
 
 def test_other_ways_of_saying_the_same() -> None:
     make, common = transformers.LlamaConfig, {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4}
-    assert ModelSpec.from_config(make(**common), torch.float32).layers == (LayerSpec(4, 4, 16, 16, None),)
+    assert ModelSpec.from_config(make(**common), torch.float32).layers == (LayerSpec(4, 4, 16, 16, None, 64),)
     layers = ModelSpec.from_config(make(**common, num_key_value_heads=1, head_dim=32), torch.float32).layers
-    assert layers == (LayerSpec(4, 1, 32, 32, None),)
+    assert layers == (LayerSpec(4, 1, 32, 32, None, 64),)
     gpt2 = transformers.GPT2Config(n_layer=2, n_embd=48, n_head=3, n_positions=99)
-    assert ModelSpec.from_config(gpt2, torch.float32).layers == (LayerSpec(3, 3, 16, 16, None),) * 2
+    assert ModelSpec.from_config(gpt2, torch.float32).layers == (LayerSpec(3, 3, 16, 16, None, 48),) * 2
     assert ModelSpec.from_config(gpt2, torch.float32).max_positions == 99
     # Qwen2 can slide in its upper layers; without a window nothing does.
     qwen = TINY["qwen2"](use_sliding_window=True, sliding_window=WINDOW, max_window_layers=3)

@@ -66,9 +66,9 @@ class TieredStore(Store):
         self.high.append(heads, keys, values, columns, counts)
 
     @property
-    def watched(self) -> int:
+    def watched(self) -> int | None:
         """As ``Store.watched``, of both."""
-        return max(self.low.watched, self.high.watched)
+        return max((store.watched for store in (self.low, self.high) if store.watched is not None), default=None)
 
     def observe(self, heads: slice | Tensor, keys: Tensor, values: Tensor, counts: Tensor, queries: Tensor) -> None:
         """As ``Store.observe``, for both."""
