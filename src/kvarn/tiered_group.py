@@ -38,15 +38,19 @@ class TieredGroup(LayerGroup):
 
     def prompt(self, number: int, fresh: Fresh) -> Tensor:
         out = super().prompt(number, fresh)
-        self._demote(self.heads(number), fresh.step)
+        self._demote(self.heads(number), fresh.step.after)
         return out
+
+    def shrink(self, capacity: Tensor, before: int, after: Tensor) -> None:
+        super().shrink(capacity, before, after)
+        self._demote(self.everyone, after)
 
     def end_token(self, step: Step) -> None:
         super().end_token(step)
-        self._demote(self.everyone, step)
+        self._demote(self.everyone, step.after)
 
-    def _demote(self, heads: slice, step: Step) -> None:
-        """Lowers the precision of high entries that are too many."""
+    def _demote(self, heads: slice, after: Tensor) -> None:
+        """Lowers the precision of high entries that are too many, of sequences of ``after`` (int64 [B]) tokens."""
         allowed = self.tiers.count_high(self.store.lengths[heads])
         excess = self.store.high.lengths[heads] - allowed
         some = torch.nonzero(excess > 0).flatten()
@@ -54,7 +58,7 @@ class TieredGroup(LayerGroup):
             return
         chosen, device = some + heads.start, self.arena.device
         recent = (self.precision.recent_share * allowed[some]).long()
-        state = (self.store.high.lengths[chosen], self._per_head(step.after)[chosen], recent)
+        state = (self.store.high.lengths[chosen], self._per_head(after)[chosen], recent)
         columns = self.store.high.read_columns(chosen)
         order = self.precision.first_to_go(columns, *(t.to(device) for t in state))
         self.store.demote(chosen, order[:, : int(excess.max())], excess[some])
