@@ -33,7 +33,7 @@ RECIPES = [
     ("snapkv + kivi(bits=4)", 0.125),
     ("h2o + kivi(bits=4)", 0.125),
 ]
-# The targets: a name, what must hold, and the recipes it is read from.
+# Targets: a name, what must hold, and the recipes it is read from.
 TARGETS = {
     "full costs at most 1.05 of a step": lambda rows: rows["full"]["step"] <= 1.05,
     "snapkv at 0.25 decodes at least 1.3 times as fast as full": lambda rows: (

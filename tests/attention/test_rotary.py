@@ -33,14 +33,13 @@ def keys_of(model, number: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", sorted(set(TINY) - {"phi3"}))
-def test_keys_rotate_as_in_the_model_and_back(name):
+def test_keys_rotate_as_in_the_model(name):
     model = make_tiny(name)
     number = 3  # full attention in every tiny model
     before, rotated = keys_of(model, number)
     rotary = Rotary(model, model.get_decoder().layers[number].self_attn)
     positions = torch.arange(20)
     torch.testing.assert_close(rotary.rotate(before, positions), rotated, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(rotary.unrotate(rotated, positions), before, rtol=1e-5, atol=1e-5)
 
 
 def test_positions_of_each_sequence():

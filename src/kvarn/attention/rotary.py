@@ -13,7 +13,7 @@ _VARYING = {"dynamic", "longrope"}  # frequencies depend on how long the sequenc
 
 
 class Rotary:
-    """Rotates keys of full-attention layers, and takes their rotation back.
+    """Rotates keys of full-attention layers.
 
     The frequencies and the function are the model's own, so partial rotations and scaled ones are as there. Raises
     Unsupported for models whose keys cannot be rotated later.
@@ -35,18 +35,7 @@ class Rotary:
 
     def rotate(self, keys: Tensor, positions: Tensor) -> Tensor:
         """Keys [B, K, n, D] as they are at ``positions`` (int64 [n] or [B, n])."""
-        cos, sin = self._table(keys, positions)
-        return self._turned(keys, cos, sin)
-
-    def unrotate(self, keys: Tensor, positions: Tensor) -> Tensor:
-        """The inverse of ``rotate``."""
-        cos, sin = self._table(keys, positions)
-        # Scaled rotations (YaRN) scale by cos at position 0, where the sine is 0.
-        squared = self._cos[0].to(keys.dtype) ** 2
-        return self._turned(keys, cos / squared, -sin / squared)
-
-    def _turned(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return self._apply(keys, keys[:, :0], cos, sin)[0]
+        return self._apply(keys, keys[:, :0], *self._table(keys, positions))[0]
 
     def _table(self, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [1 or B, n, D] in the dtype and on the device of ``keys``."""
