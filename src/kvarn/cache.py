@@ -254,13 +254,13 @@ class Cache(TransformersCache):
     def _cascade(self, plan: Plan, step: Step) -> None:
         """Where layers share the budget by what they show: has them tell, and divides it anew after each of them."""
         policy = self.recipe.policy
+        if not isinstance(policy, Cascade) or bool((plan.capacity >= step.after[:, None]).all()):
+            return
         # Cutting a layer breaks the blocks of formats, so what they take is not known exactly.
         planner = self.recipe.planner(self.spec, self.budget, step.after.tolist(), self.page_size, empty=False)
         preferences = torch.zeros(plan.capacity.shape[:2], dtype=torch.float64)
-        everything = bool((plan.capacity >= step.after[:, None]).all())
 
         def divide(number: int, view: PromptView) -> None:
-            assert isinstance(policy, Cascade)
             preferences[number] = policy.preference(view).cpu()
             capacity = planner.preferring(preferences)
             for group in self._groups:
@@ -268,7 +268,7 @@ class Cache(TransformersCache):
             self.plan = planner.planned(capacity)
 
         for group in self._groups:
-            group.divide = divide if isinstance(policy, Cascade) and not everything else None
+            group.divide = divide
 
     def _resolve(self, step: Step) -> Plan:
         return self.recipe.resolve(self.spec, self.budget, step.after.tolist(), self.page_size, empty=not self._groups)
