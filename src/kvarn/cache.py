@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .attention.interface import NAME, Mask, Pending
 from .attention.reference import Variant
+from .attention.rotary import Rotary
 from .budgets import Budget, Cascade, check_budget
 from .errors import CacheMismatch, PromptTooLong, Unsupported
 from .group import Fresh, LayerGroup, Step
@@ -54,8 +55,8 @@ class Cache(TransformersCache):
         self.budget, self.page_size = budget, page_size
         self.spec = ModelSpec.from_config(model.config, model.dtype)
         _refuse_idle(self.recipe, self.spec)
-        for layer in set(self.spec.layers):
-            self.recipe.layout(layer, self.spec.dtype, page_size)
+        layouts = [self.recipe.layout(layer, self.spec.dtype, page_size) for layer in set(self.spec.layers)]
+        self._rotary = Rotary(model) if any(layout.before_rope for layout in layouts) else None
         self._propagation = self.recipe.propagation
         self._later_layers = self._propagation.later_layers(model, self.spec) if self._propagation else []
         self._layer_inputs = inputs_of(model, self.spec) if self.recipe.rematerializes else []
@@ -320,8 +321,8 @@ class Cache(TransformersCache):
         eviction = self.recipe.eviction(layer, self.spec.dtype)
         precision = self.recipe.precision(layer, self.spec.dtype)
         if precision and isinstance(layout, TieredLayout):
-            return TieredGroup(numbers, layer, layout, eviction, precision, arena, batch)
-        return LayerGroup(numbers, layer, layout, eviction, arena, batch)
+            return TieredGroup(numbers, layer, layout, eviction, precision, arena, batch, self._rotary)
+        return LayerGroup(numbers, layer, layout, eviction, arena, batch, self._rotary)
 
     def _check_shapes(self, keys: Tensor, values: Tensor, number: int) -> None:
         if number >= len(self.spec.layers):

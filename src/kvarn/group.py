@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .attention import Paid, Part, Variant, attend, attend_observed
+from .attention.rotary import Rotary
 from .memory import Arena, Layout, Store, StoreLayout, TieredLayout, TieredStore
 from .prefill import Propagation
 from .reduction import Entries, Eviction, Folding, Merging, folded
@@ -63,8 +64,10 @@ class LayerGroup:
         eviction: Eviction | None,
         arena: Arena,
         batch: int,
+        rotary: Rotary | None = None,
     ):
         self.numbers, self.layer, self.eviction, self.arena, self.batch = numbers, layer, eviction, arena, batch
+        self.rotary = rotary if layout.before_rope else None
         self.rows = batch * layer.kv_heads  # heads of one layer
         self.store = _store(layout, arena, len(numbers) * self.rows)
         # Entries that each head may hold, where the recipe evicts.
@@ -106,7 +109,7 @@ class LayerGroup:
 
     def empty(self, batch: int) -> "LayerGroup":
         """A group like this one for ``batch`` sequences, without entries."""
-        return LayerGroup(self.numbers, self.layer, self.store.layout, self.eviction, self.arena, batch)
+        return LayerGroup(self.numbers, self.layer, self.store.layout, self.eviction, self.arena, batch, self.rotary)
 
     def selected(self, sequences: Tensor) -> "LayerGroup":
         """A group of sequences ``sequences`` (int64 [B'], host; may repeat) of this one, sharing their pages."""
@@ -163,7 +166,7 @@ class LayerGroup:
     def begin_token(self, step: Step) -> None:
         """Before the first layer: makes room for one token in every head."""
         columns = {}
-        if self.eviction is not None or self.observers:
+        if self.eviction is not None or self.observers or self.rotary:
             positions = self._per_head(step.before).to(self.arena.device)
             columns["position"] = positions.int()
             columns |= self._unread(positions)
@@ -216,12 +219,12 @@ class LayerGroup:
     def _merge(self, merging: Merging, heads: Tensor, seen: Tensor, capacity: Tensor) -> None:
         """Merges entries of heads of one layer that are over their capacity."""
         store, lengths, leaving = self.store, self.store.lengths[heads], merging.leaving(capacity)
-        columns, (keys, values) = store.read_columns(heads), store.read(heads)
+        columns, (keys, values) = store.read_columns(heads), self._read(heads)
         self.arena.note_peak(keys.nbytes + values.nbytes)
         held = (torch.arange(keys.shape[1]) < lengths[:, None]).to(keys.device)
         columns["position"] = columns["position"].masked_fill(~held, -1)
         joined = merging.join(Entries(keys, columns, *(t.to(keys.device) for t in (seen[:, None], capacity, leaving))))
-        store.overwrite(heads, joined.changed, joined.merged(keys), joined.merged(values))
+        self._overwrite(heads, joined.changed, joined.merged(keys), joined.merged(values))
         store.set_columns(heads, joined.columns)
         gone = (joined.stays | ~held).byte().argsort(dim=1, stable=True)[:, : int(leaving.max())]
         store.drop(heads, gone, leaving)
@@ -284,7 +287,7 @@ class LayerGroup:
         counts = torch.where(here, total[..., None], counts)
         keys, values = (torch.where(here[..., None], x[:, :, None], y) for x, y in ((key, keys), (value, values)))
         if stored is not None and bool(here[..., :old].any()):
-            self.store.overwrite(heads, *(x[:, :, :old].flatten(0, 1) for x in (here, keys, values)))
+            self._overwrite(heads, *(x[:, :, :old].flatten(0, 1) for x in (here, keys, values)))
         fresh = replace(fresh, keys=keys[:, :, old:], values=values[:, :, old:])
         return fresh, counts
 
@@ -295,10 +298,10 @@ class LayerGroup:
         going = torch.arange(victims.shape[1], device=victims.device) < counts[:, None]
         leaving = torch.zeros_like(columns["position"], dtype=torch.bool).scatter(1, victims, going)
         target = eviction.target(columns["position"]) & self._within(heads)
-        keys, values = self.store.read(heads)
+        keys, values = self._read(heads)
         key, value, total = folded(keys, values, columns["count"], leaving | target)
         merged = (torch.where(target[..., None], x[:, None], y) for x, y in ((key, keys), (value, values)))
-        self.store.overwrite(heads, target, *merged)
+        self._overwrite(heads, target, *merged)
         self.store.set_columns(heads, {"count": torch.where(target, total[:, None], columns["count"])})
 
     def _merged(
@@ -317,7 +320,7 @@ class LayerGroup:
         self.arena.note_peak(2 * (keys.nbytes + values.nbytes))
         keys, values = joined.merged(keys), joined.merged(values)
         if old:
-            self.store.overwrite(heads, joined.changed[:, :old], keys[:, :old], values[:, :old])
+            self._overwrite(heads, joined.changed[:, :old], keys[:, :old], values[:, :old])
         shape = (self.batch, -1)
         columns |= joined.columns
         fresh = replace(fresh, keys=keys[:, old:].unflatten(0, shape), values=values[:, old:].unflatten(0, shape))
@@ -438,15 +441,32 @@ class LayerGroup:
         rows = index[:, None, first:, None].expand(-1, fresh.query.shape[1], -1, fresh.query.shape[3])
         real = positions[:, None, first:, None] >= 0
         last = fresh.query.gather(2, rows).masked_fill(~real, 0)
+        if self.rotary:
+            last = self.rotary.undo(last, positions[:, first:].clamp(min=0))
         return last.unflatten(1, (self.layer.kv_heads, -1)).flatten(0, 1)
 
     def _rows(self, heads: slice, fresh: Fresh) -> tuple[Tensor, Tensor]:
         """What the store keeps of new tokens, [B, K, q, size] each."""
-        return fresh.keys, fresh.values
+        if self.rotary is None:
+            return fresh.keys, fresh.values
+        return self.rotary.undo(fresh.keys, fresh.step.positions.clamp(min=0)), fresh.values
+
+    def _read(self, heads: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Stored keys and values as attention reads them, [R, n, size] each."""
+        keys, values = self.store.read(heads)
+        if self.rotary and keys.shape[1]:
+            keys = self.rotary.rotate(keys[:, None], self.store.read_column(heads, "position").long())[:, 0]
+        return keys, values
+
+    def _overwrite(self, heads: slice | Tensor, touched: Tensor, keys: Tensor, values: Tensor) -> None:
+        """As ``Store.overwrite``, with keys as attention reads them."""
+        if self.rotary:
+            keys = self.rotary.undo(keys[:, None], self.store.read_column(heads, "position").long())[:, 0]
+        self.store.overwrite(heads, touched, keys, values)
 
     def _part(self, heads: slice, mask: Tensor | None) -> Part:
         shape = (self.batch, self.layer.kv_heads)
-        keys, values = self.store.read(heads)
+        keys, values = self._read(heads)
         part = Part(keys.unflatten(0, shape), values.unflatten(0, shape), mask)
         if self._counted:
             part.log_weight = self.store.read_column(heads, "count").unflatten(0, shape).clamp(min=1).log()

@@ -114,8 +114,11 @@ class Recipe:
         """How the entries of ``layer`` are kept."""
         eviction, precision = self.eviction(layer, dtype), self.precision(layer, dtype)
         if precision is None:
+            keys, values = self._sides(layer, dtype)
             columns = Columns(eviction.columns) if eviction else None
-            return StoreLayout(*self._sides(layer, dtype), columns, page_size)
+            if keys.before_rope and columns is None:
+                columns = Columns({"position": torch.int32})
+            return StoreLayout(keys, values, columns, page_size)
         if isinstance(eviction, Folding | Merging):
             raise RecipeError(f"{self}: entries that stand for several cannot be kept in two precisions")
         columns = Columns({**(eviction.columns if eviction else {}), **precision.columns})
@@ -167,7 +170,7 @@ class Recipe:
         keys, values = self._encoded(replace(layer, key_size=channels.kept), dtype)
         narrow = Narrow(keys.format, channels.kept, channels.watched, layer.key_size)
         hold = keys.hold if keys.settles else channels.recent
-        return SideLayout(narrow, Dense(layer.key_size, dtype), hold, keys.block), values
+        return replace(keys, format=narrow, dense=Dense(layer.key_size, dtype), hold=hold), values
 
     def _encoded(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout]:
         if layer.window is None:

@@ -57,7 +57,7 @@ class LayerInputs:
 
     def __init__(self, model: PreTrainedModel, attention: nn.Module, layer: LayerSpec):
         self.attention: Any = attention
-        self.layer, self.rotary = layer, Rotary(model, attention)
+        self.layer, self.rotary = layer, Rotary(model)
         projections = _projections(attention, layer)
         self.bases = None if keeps_inputs(layer) else tuple(Basis.of(weight) for weight, _ in projections)
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .attention.rotary import Rotary
 from .group import Fresh, LayerGroup, Step
 from .memory import Arena, TieredLayout, TieredStore
 from .reduction import Eviction, Precision
@@ -24,8 +25,9 @@ class TieredGroup(LayerGroup):
         precision: Precision,
         arena: Arena,
         batch: int,
+        rotary: Rotary | None = None,
     ):
-        super().__init__(numbers, layer, layout, eviction, arena, batch)
+        super().__init__(numbers, layer, layout, eviction, arena, batch, rotary)
         self.tiers, self.precision = layout, precision
 
     @property
@@ -34,7 +36,9 @@ class TieredGroup(LayerGroup):
         return [*others, self.precision.score]
 
     def empty(self, batch: int) -> "TieredGroup":
-        return TieredGroup(self.numbers, self.layer, self.tiers, self.eviction, self.precision, self.arena, batch)
+        return TieredGroup(
+            self.numbers, self.layer, self.tiers, self.eviction, self.precision, self.arena, batch, self.rotary
+        )
 
     def prompt(self, number: int, fresh: Fresh) -> Tensor:
         out = super().prompt(number, fresh)

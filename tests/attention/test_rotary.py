@@ -37,14 +37,15 @@ def test_keys_rotate_as_in_the_model(name):
     model = make_tiny(name)
     number = 3  # full attention in every tiny model
     before, rotated = keys_of(model, number)
-    rotary = Rotary(model, model.get_decoder().layers[number].self_attn)
+    rotary = Rotary(model)
     positions = torch.arange(20)
     torch.testing.assert_close(rotary.rotate(before, positions), rotated, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rotary.undo(rotated, positions), before, rtol=1e-5, atol=1e-5)
 
 
 def test_positions_of_each_sequence():
     model = make_tiny("llama")
-    rotary = Rotary(model, model.get_decoder().layers[0].self_attn)
+    rotary = Rotary(model)
     keys = torch.randn(2, 2, 5, 16)
     positions = torch.tensor([[0, 3, 4, 9, 700], [5, 6, 7, 8, 9]])
     together = rotary.rotate(keys, positions)
@@ -55,4 +56,4 @@ def test_positions_of_each_sequence():
 def test_frequencies_that_change_are_refused():
     model = make_tiny("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
     with pytest.raises(Unsupported, match="changes its rotary frequencies"):
-        Rotary(model, model.get_decoder().layers[0].self_attn)
+        Rotary(model)

@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import Unsupported
@@ -13,15 +13,16 @@ _VARYING = {"dynamic", "longrope"}  # frequencies depend on how long the sequenc
 
 
 class Rotary:
-    """Rotates keys of full-attention layers.
+    """Rotates keys (or queries) of full-attention layers, and takes the rotation out of rotated ones.
 
     The frequencies and the function are the model's own, so partial rotations and scaled ones are as there. Raises
     Unsupported for models whose keys cannot be rotated later.
     """
 
-    def __init__(self, model: PreTrainedModel, attention: nn.Module):
-        self._embedding: Any = getattr(model.get_decoder(), "rotary_emb", None)
-        self._apply: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    def __init__(self, model: PreTrainedModel):
+        decoder = model.get_decoder()
+        self._embedding: Any = getattr(decoder, "rotary_emb", None)
+        self._apply: Any = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
         name = type(model).__name__
         if self._embedding is None or self._apply is None:
             raise Unsupported(f"{name} does not rotate keys by position, so kvarn cannot keep them before rotation")
@@ -36,6 +37,14 @@ class Rotary:
     def rotate(self, keys: Tensor, positions: Tensor) -> Tensor:
         """Keys [B, K, n, D] as they are at ``positions`` (int64 [n] or [B, n])."""
         return self._apply(keys, keys[:, :0], *self._table(keys, positions))[0]
+
+    def undo(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Keys [B, K, n, D] at ``positions`` (int64 [n] or [B, n]) as they were before their rotation."""
+        exact = keys.float()
+        cos, sin = self._table(exact, positions)
+        # A rotation undone is the one the other way; scaled frequencies also lengthen by a constant, cos at position 0.
+        squared = self._cos[0, 0] ** 2
+        return self._apply(exact, exact[:, :0], cos / squared, -sin / squared)[0].to(keys.dtype)
 
     def _table(self, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [1 or B, n, D] in the dtype and on the device of ``keys``."""

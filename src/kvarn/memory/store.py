@@ -18,13 +18,14 @@ class SideLayout:
     """How the keys (or the values) of a head are kept: the newest tokens dense, older ones settled in ``format``.
 
     ``hold`` tokens always stay dense; beyond them, the oldest settle in multiples of ``block`` tokens. A dense format
-    has no tail of its own.
+    has no tail of its own. ``before_rope``: keys, those of the tail too, are kept as they are before their rotation.
     """
 
     format: Format
     dense: Dense
     hold: int = 0
     block: int = 1
+    before_rope: bool = False
 
     @property
     def settles(self) -> bool:
@@ -65,6 +66,11 @@ class SideLayout:
 class Layout(ABC):
     """How the entries of a head are kept, and so what they take."""
 
+    @property
+    @abstractmethod
+    def before_rope(self) -> bool:
+        """Whether keys are kept as they are before their rotation."""
+
     @abstractmethod
     def bytes(self, tokens: Tensor) -> Tensor:
         """Exact bytes of one head of ``tokens`` entries (int64, any shape) appended at once."""
@@ -87,6 +93,10 @@ class StoreLayout(Layout):
     values: SideLayout
     columns: Columns | None
     page_size: int
+
+    @property
+    def before_rope(self) -> bool:
+        return self.keys.before_rope
 
     def bytes(self, tokens: Tensor) -> Tensor:
         total = self.keys.bytes(tokens, self.page_size) + self.values.bytes(tokens, self.page_size)

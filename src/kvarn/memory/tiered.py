@@ -19,6 +19,10 @@ class TieredLayout(Layout):
     low: StoreLayout
     share: float
 
+    @property
+    def before_rope(self) -> bool:
+        return self.high.before_rope
+
     def count_high(self, tokens: Tensor) -> Tensor:
         """How many of so many entries are high ones."""
         return (tokens.double() * self.share + 1e-9).long()  # 0.29 * 100 is 28.999…
