@@ -48,8 +48,7 @@ def main() -> None:
     options = _options()
     torch.set_grad_enabled(False)
     model, tokenizer = kvarn.load("smollm2", dtype=getattr(torch, options.dtype), device="cpu")
-    text = "\n\n".join(topics[name] for name in sorted(topics))[: 8 * options.tokens]
-    ids = tokenizer(text, return_tensors="pt").input_ids[:, : options.tokens]
+    ids = real_text(tokenizer, options.tokens)
     caches, first = {}, {}
     for name, make in _makers(model).items():
         started = time.perf_counter()
@@ -58,7 +57,7 @@ def main() -> None:
         first[name] = time.perf_counter() - started
         print(f"prefilled {name}", file=sys.stderr)
     after_prompt = {name: cache.report() for name, cache in caches.items() if isinstance(cache, kvarn.Cache)}
-    steps = _steps(model, ids[:, -1:], caches, options.steps)
+    steps = in_turns(model, ids[:, -1:], caches, options.steps)
     rows = {name: _row(name, report, first, steps, model.dtype) for name, report in after_prompt.items()}
     result = {
         "command": "python benchmarks/library.py " + " ".join(sys.argv[1:]),
@@ -83,7 +82,13 @@ def _makers(model):
     }
 
 
-def _steps(model, token, caches, count):
+def real_text(tokenizer, tokens):
+    """Python's language reference, int64 [1, tokens]."""
+    text = "\n\n".join(topics[name] for name in sorted(topics))[: 8 * tokens]
+    return tokenizer(text, return_tensors="pt").input_ids[:, :tokens]
+
+
+def in_turns(model, token, caches, count):
     """Seconds of each cache's steps, taken in turns; the first two turns warm up."""
     seconds = {name: [] for name in caches}
     names = list(caches)
