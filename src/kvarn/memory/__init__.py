@@ -1,12 +1,14 @@
 """Where entries live: pages, segments, stores. Nothing here knows of methods."""
 
-from .pool import Arena, Pool
+from .pool import Arena, HostPool, Pool, Tier
 from .segment import Segment
-from .store import Layout, Side, SideLayout, Store, StoreLayout
+from .store import Beside, Layout, Side, SideLayout, Store, StoreLayout
 from .tiered import TieredLayout, TieredStore
 
 __all__ = [
     "Arena",
+    "Beside",
+    "HostPool",
     "Layout",
     "Pool",
     "Segment",
@@ -14,6 +16,7 @@ __all__ = [
     "SideLayout",
     "Store",
     "StoreLayout",
+    "Tier",
     "TieredLayout",
     "TieredStore",
 ]

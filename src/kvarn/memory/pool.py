@@ -1,6 +1,7 @@
 """Pages: fixed numbers of slots in a few big tensors, handed out and taken back by integer arithmetic."""
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from ..formats import Format
 PAGE_OVERHEAD = 8
 _GROWTH = 1.125
 
+Tier = Literal["device", "host"]
+
 
 class Pool:
     """The pages of one format on one device.
@@ -21,13 +24,15 @@ class Pool:
     control plane decides there what is allocated; only page ids travel to the device.
     """
 
+    tier: Tier = "device"
+
     def __init__(self, fmt: Format, page_size: int, device: torch.device, arena: "Arena"):
         assert page_size % fmt.unit == 0
         self.format, self.page_size, self.device, self.arena = fmt, page_size, device, arena
         self.units = page_size // fmt.unit
         self.page_bytes = self.units * fmt.unit_bytes + PAGE_OVERHEAD
         self.tensors = {
-            name: torch.empty((0, self.units, *shape), dtype=dtype, device=device)
+            name: torch.empty((0, self.units, *shape), dtype=dtype, device=self.device)
             for name, (shape, dtype) in fmt.layout.items()
         }
         self.references = torch.zeros(0, dtype=torch.int32)
@@ -91,6 +96,16 @@ class Pool:
         self.references.index_add_(0, pages, torch.ones_like(pages, dtype=torch.int32))
         self.shared += int(((before == 1) & (self.references[unique] > 1)).sum())
 
+    def selected(self, name: str, index: Tensor, pages: bool = False) -> Tensor:
+        """Units at flat places ``index`` (int64 [n], where the pool is) of one of its tensors, or with ``pages`` whole
+        pages, on the device that computes."""
+        tensor = self.tensors[name]
+        return (tensor if pages else tensor.flatten(0, 1)).index_select(0, index)
+
+    def write(self, name: str, index: Tensor, units: Tensor) -> None:
+        """Writes units ([n, *unit shape]) at flat places ``index`` of one of its tensors."""
+        self.tensors[name].flatten(0, 1).index_copy_(0, index, units)
+
     def copy_pages(self, source: Tensor, target: Tensor) -> None:
         """Copies the contents of pages ``source`` to pages ``target`` (int32 or int64 [n] each)."""
         source, target = source.long().to(self.device), target.long().to(self.device)
@@ -107,7 +122,7 @@ class Pool:
         new = max(old + missing, min(new, self.arena.affordable(self)))
         for name, tensor in self.tensors.items():
             # Zeros, because slots beyond a head's last entry are read and masked: they must be finite.
-            grown = tensor.new_zeros((new, *tensor.shape[1:]))
+            grown = self._zeros((new, *tensor.shape[1:]), tensor.dtype)
             grown[:old] = tensor
             self.tensors[name] = grown
         self.references = torch.cat([self.references, torch.zeros(new - old, dtype=torch.int32)])
@@ -116,32 +131,101 @@ class Pool:
         free[new - old : new - old + self._free_count] = self._free[: self._free_count]
         self._free, self._free_count = free, self._free_count + new - old
 
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+
+class HostPool(Pool):
+    """A pool in the host's memory, pinned where a CUDA device computes.
+
+    What is read is gathered here and copied to the device; what is written is copied here first. With CUDA neither
+    waits for the device: rows on their way here are put in their places before anything is read, moved or copied.
+    """
+
+    tier = "host"
+
+    def __init__(self, fmt: Format, page_size: int, device: torch.device, arena: "Arena"):
+        self._pinned = device.type == "cuda"
+        self._computes = device
+        self._arriving: list[tuple[str, Tensor, Tensor, torch.cuda.Event]] = []
+        super().__init__(fmt, page_size, torch.device("cpu"), arena)
+
+    def selected(self, name: str, index: Tensor, pages: bool = False) -> Tensor:
+        self._arrive()
+        if not self._pinned:
+            return super().selected(name, index, pages)
+        tensor = self.tensors[name] if pages else self.tensors[name].flatten(0, 1)
+        staged = torch.empty((index.numel(), *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=True)
+        torch.index_select(tensor, 0, index, out=staged)
+        return staged.to(self._computes, non_blocking=True)
+
+    def write(self, name: str, index: Tensor, units: Tensor) -> None:
+        if not self._pinned:
+            super().write(name, index, units)
+            return
+        staged = torch.empty(units.shape, dtype=units.dtype, pin_memory=True)
+        staged.copy_(units, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._arriving.append((name, index, staged, event))
+
+    def copy_pages(self, source: Tensor, target: Tensor) -> None:
+        self._arrive()
+        super().copy_pages(source, target)
+
+    def reserve(self, count: int) -> None:
+        self._arrive()
+        super().reserve(count)
+
+    def _arrive(self) -> None:
+        """Puts rows that were on their way in their places."""
+        for name, index, staged, event in self._arriving:
+            event.synchronize()
+            super().write(name, index, staged)
+        self._arriving.clear()
+
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, pin_memory=self._pinned)
+
 
 class Arena:
-    """All pools of one cache or engine: one pool a format, one ceiling in bytes for all (None: no ceiling)."""
+    """All pools of one cache or engine: one pool a format and tier, one ceiling in bytes for all of the device (None:
+    no ceiling)."""
 
     def __init__(self, device: torch.device, page_size: int, ceiling: int | None = None):
         self.device, self.page_size, self.ceiling = device, page_size, ceiling
         self.pools: dict[tuple, Pool] = {}
         self.peak_bytes = 0
 
-    def pool(self, fmt: Format) -> Pool:
+    def pool(self, fmt: Format, tier: Tier = "device") -> Pool:
         """The pool of ``fmt``, made at the first asking. Its page size is a multiple of the format's unit."""
-        page_size = -(-self.page_size // fmt.unit) * fmt.unit
-        return self.pools.setdefault(fmt.key, Pool(fmt, page_size, self.device, self))
+        key = (tier, *fmt.key)
+        if key not in self.pools:
+            page_size = -(-self.page_size // fmt.unit) * fmt.unit
+            kind = Pool if tier == "device" else HostPool
+            self.pools[key] = kind(fmt, page_size, self.device, self)
+        return self.pools[key]
 
     @property
     def bytes(self) -> int:
-        return sum(pool.bytes for pool in self.pools.values())
+        """Bytes of pages on the device."""
+        return sum(pool.bytes for pool in self._of("device"))
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of pages in the host's memory."""
+        return sum(pool.bytes for pool in self._of("host"))
 
     @property
     def reserved_bytes(self) -> int:
-        return sum(pool.reserved_bytes for pool in self.pools.values())
+        """Bytes that pools have taken of the device, free pages included."""
+        return sum(pool.reserved_bytes for pool in self._of("device"))
 
     def require(self, pages: dict[Pool, int]) -> None:
         """Raises OutOfMemory unless these pages can be allocated together under the ceiling."""
         if self.ceiling is None:
             return
+        pages = {pool: count for pool, count in pages.items() if pool.tier == "device"}
         asked = sum(count * pool.page_bytes for pool, count in pages.items())
         left = self.ceiling - self.bytes
         if asked > left:
@@ -152,13 +236,16 @@ class Arena:
 
     def affordable(self, pool: Pool) -> int:
         """The largest capacity that the ceiling allows ``pool``."""
-        if self.ceiling is None:
+        if self.ceiling is None or pool.tier == "host":
             return 2**31 - 1
         return pool.used + (self.ceiling - self.bytes) // pool.page_bytes
 
     def note_peak(self, transient: int = 0) -> None:
-        """Remembers the most bytes held at once; ``transient`` bytes are held outside the pools just now."""
+        """Remembers the most bytes held on the device at once; ``transient`` of them outside the pools just now."""
         self.peak_bytes = max(self.peak_bytes, self.bytes + transient)
+
+    def _of(self, tier: Tier) -> Iterable[Pool]:
+        return (pool for pool in self.pools.values() if pool.tier == tier)
 
 
 def _named(items: Iterable[tuple[Pool, int]]) -> str:

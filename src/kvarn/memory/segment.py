@@ -27,7 +27,7 @@ class Segment:
         self.starts = torch.zeros(heads, dtype=torch.int64)
         self.lengths = torch.zeros(heads, dtype=torch.int64)
         self.state = {
-            name: torch.zeros((heads, *shape), dtype=dtype, device=pool.device)
+            name: torch.zeros((heads, *shape), dtype=dtype, device=pool.arena.device)
             for name, (shape, dtype) in self.format.state.items()
         }
         self._device_pages: dict[tuple[int, int, int], Tensor] = {}
@@ -96,12 +96,12 @@ class Segment:
         if bool((counts == counts[0]).all()):
             index = slots.flatten().to(self.pool.device)
             for name, new in rows.items():
-                self.pool.tensors[name].flatten(0, 1).index_copy_(0, index, new[:, :units].flatten(0, 1))
+                self.pool.write(name, index, new[:, :units].flatten(0, 1))
             return
         valid = torch.arange(units) < (counts // self.unit)[:, None]
-        index, mask = slots[valid].to(self.pool.device), valid.to(self.pool.device)
+        index, mask = slots[valid].to(self.pool.device), valid.to(self.pool.arena.device)
         for name, new in rows.items():
-            self.pool.tensors[name].flatten(0, 1)[index] = new[:, :units][mask]
+            self.pool.write(name, index, new[:, :units][mask])
 
     def append(self, heads: slice | Tensor, rows: Rows, counts: Tensor) -> None:
         """``extend`` and ``write``: ``rows`` are tensors of [R, units, *shape], ``counts`` int64 [R] in tokens."""
@@ -129,7 +129,8 @@ class Segment:
         longest = longest if limit is None else min(longest, limit)
         count = heads.stop - heads.start if isinstance(heads, slice) else heads.numel()
         if not longest:
-            return {n: t.new_empty((count, 0, *t.shape[2:])) for n, t in self.pool.tensors.items()}
+            empty = {n: t.new_empty((count, 0, *t.shape[2:])) for n, t in self.pool.tensors.items()}
+            return {name: rows.to(self.pool.arena.device) for name, rows in empty.items()}
         units = longest // self.unit
         reach = self._reach(heads)
         if limit is not None:
@@ -138,7 +139,7 @@ class Segment:
         out = {}
         for name in names or self.pool.tensors:
             tensor = self.pool.tensors[name]
-            read = tensor.index_select(0, pages).view(
+            read = self.pool.selected(name, pages, pages=True).view(
                 count, pages.numel() // count * tensor.shape[1], *tensor.shape[2:]
             )
             if first is None:
@@ -166,6 +167,28 @@ class Segment:
     def decode(self, heads: slice | Tensor, limit: int | None = None) -> Tensor:
         """The tokens of each head as vectors, [R, longest, size], in the model's dtype; ``limit`` as in ``read``."""
         return self._format(heads).decode(self.read(heads, limit))
+
+    def read_at(self, heads: slice | Tensor, index: Tensor, names: Collection[str] | None = None) -> Rows:
+        """Units ``index`` (int64 [R, u] on the device, within each head) alone: tensors of [R, u, *shape]."""
+        index = index.to(self.pool.device)
+        place = (self.starts[heads] // self.unit).to(index.device)[:, None] + index
+        pages = self._pages(heads, self._reach(heads)).view(index.shape[0], -1)
+        slots = pages.gather(1, place // self.pool.units) * self.pool.units + place % self.pool.units
+        rows = {name: self.pool.selected(name, slots.flatten()) for name in names or self.pool.tensors}
+        return {name: x.view(*index.shape, *x.shape[1:]) for name, x in rows.items()}
+
+    def decode_at(self, heads: slice | Tensor, index: Tensor) -> Tensor:
+        """Tokens ``index`` (int64 [R, m] on the device, within each head) as vectors [R, m, size]. Only their units are
+        read and decoded, each once."""
+        if self.unit == 1:
+            return self._format(heads).decode(self.read_at(heads, index))
+        units = index // self.unit
+        touched = units.new_zeros((units.shape[0], self.span(heads)[1] // self.unit), dtype=torch.bool)
+        touched.scatter_(1, units, True)
+        rank = touched.cumsum(1)
+        some = (~touched).byte().argsort(dim=1, stable=True)[:, : int(rank[:, -1].max())]
+        x = self._format(heads).decode(self.read_at(heads, some.minimum(units.amax(1, keepdim=True))))
+        return pick(x, (rank.gather(1, units) - 1) * self.unit + index % self.unit)
 
     # -- encoding -----------------------------------------------------------------------------------------------
 

@@ -2,14 +2,14 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..formats import Columns, Dense, Format
-from .pool import PAGE_OVERHEAD, Arena, Pool
+from .pool import PAGE_OVERHEAD, Arena, Pool, Tier
 from .segment import HEAD_OVERHEAD, TABLE_ENTRY, Segment, joined, pick
 
 
@@ -19,6 +19,7 @@ class SideLayout:
 
     ``hold`` tokens always stay dense; beyond them, the oldest settle in multiples of ``block`` tokens. A dense format
     has no tail of its own. ``before_rope``: keys, those of the tail too, are kept as they are before their rotation.
+    ``tier``: where settled tokens are; in the host's memory dense ones settle too.
     """
 
     format: Format
@@ -26,22 +27,23 @@ class SideLayout:
     hold: int = 0
     block: int = 1
     before_rope: bool = False
+    tier: Tier = "device"
 
     @property
     def settles(self) -> bool:
-        return self.format is not self.dense
+        return self.format is not self.dense or self.tier == "host"
 
     def ripe(self, tail: Tensor) -> Tensor:
         """How many tokens of tails of these lengths settle."""
         return (tail - self.hold).clamp(min=0) // self.block * self.block
 
     def bytes(self, tokens: Tensor, page_size: int) -> Tensor:
-        """Exact bytes of one head of so many tokens appended at once, pages and bookkeeping included."""
+        """Exact bytes on the device of one head of so many tokens appended at once, pages and bookkeeping included."""
         if not self.settles:
             return _segment_bytes(self.dense, tokens, page_size)
         settled = self.ripe(tokens)
         tail = _segment_bytes(self.dense, tokens - settled, page_size)
-        return tail + _segment_bytes(self.format, settled, page_size)
+        return tail + _segment_bytes(self.format, settled, page_size, self.tier)
 
     def most_bytes(self, tokens: Tensor, page_size: int) -> Tensor:
         """The most bytes that one head of so many tokens can take once it has settled, whatever was appended, evicted
@@ -59,7 +61,7 @@ class SideLayout:
         tail = torch.cat([torch.zeros(1, dtype=torch.int64), first[first < longest] + 1])
         dense = _segment_bytes(self.dense, torch.arange(tail.numel()) * page_size, page_size)
         settled = (tokens[..., None] - tail) // self.format.unit * self.format.unit
-        total = dense + _segment_bytes(self.format, settled, page_size)
+        total = dense + _segment_bytes(self.format, settled, page_size, self.tier)
         return torch.where(settled < 0, 0, total).amax(-1)
 
 
@@ -73,7 +75,7 @@ class Layout(ABC):
 
     @abstractmethod
     def bytes(self, tokens: Tensor) -> Tensor:
-        """Exact bytes of one head of ``tokens`` entries (int64, any shape) appended at once."""
+        """Exact bytes on the device of one head of ``tokens`` entries (int64, any shape) appended at once."""
 
     @abstractmethod
     def most_bytes(self, tokens: Tensor) -> Tensor:
@@ -86,38 +88,60 @@ class Layout(ABC):
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Rows that a head keeps beside its entries, each for several of them; for so many entries at most ``most(entries)``
+    (int64, any shape)."""
+
+    format: Format
+    most: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class StoreLayout(Layout):
-    """What a store keeps for each entry, and in which formats."""
+    """What a store keeps for each entry, and in which formats; ``beside``: what it keeps for several together."""
 
     keys: SideLayout
     values: SideLayout
     columns: Columns | None
     page_size: int
+    beside: Mapping[str, Beside] = field(default_factory=dict)
 
     @property
     def before_rope(self) -> bool:
         return self.keys.before_rope
 
     def bytes(self, tokens: Tensor) -> Tensor:
-        total = self.keys.bytes(tokens, self.page_size) + self.values.bytes(tokens, self.page_size)
-        return total + _segment_bytes(self.columns, tokens, self.page_size) if self.columns else total
+        return self.keys.bytes(tokens, self.page_size) + self.values.bytes(tokens, self.page_size) + self._rest(tokens)
 
     def most_bytes(self, tokens: Tensor) -> Tensor:
-        total = self.keys.most_bytes(tokens, self.page_size) + self.values.most_bytes(tokens, self.page_size)
-        return total + _segment_bytes(self.columns, tokens, self.page_size) if self.columns else total
+        sides = self.keys.most_bytes(tokens, self.page_size) + self.values.most_bytes(tokens, self.page_size)
+        return sides + self._rest(tokens)
 
     @property
     def open_bytes(self) -> int:
         one = torch.ones(1, dtype=torch.int64)
-        settled = [side.format for side in (self.keys, self.values) if side.settles]
-        formats = [self.keys.dense, self.values.dense, *settled, *([self.columns] if self.columns else [])]
-        return sum(int(_segment_bytes(fmt, one, self.page_size)) for fmt in formats)
+        settled = [side for side in (self.keys, self.values) if side.settles]
+        formats = [self.keys.dense, self.values.dense, *([self.columns] if self.columns else [])]
+        formats += [beside.format for beside in self.beside.values()]
+        return sum(int(_segment_bytes(fmt, one, self.page_size)) for fmt in formats) + sum(
+            int(_segment_bytes(side.format, one, self.page_size, side.tier)) for side in settled
+        )
+
+    def _rest(self, tokens: Tensor) -> Tensor:
+        """The most bytes of columns and of what is kept beside so many entries."""
+        total = torch.zeros_like(tokens)
+        if self.columns:
+            total = total + _segment_bytes(self.columns, tokens, self.page_size)
+        for beside in self.beside.values():
+            total = total + _segment_bytes(beside.format, beside.most(tokens), self.page_size)
+        return total
 
 
-def _segment_bytes(fmt: Format, tokens: Tensor, page_size: int) -> Tensor:
+def _segment_bytes(fmt: Format, tokens: Tensor, page_size: int, tier: Tier = "device") -> Tensor:
     size = -(-page_size // fmt.unit) * fmt.unit
     pages = (tokens + size - 1) // size
-    return pages * (size // fmt.unit * fmt.unit_bytes + PAGE_OVERHEAD + TABLE_ENTRY) + HEAD_OVERHEAD + fmt.state_bytes
+    page_bytes = size // fmt.unit * fmt.unit_bytes + PAGE_OVERHEAD if tier == "device" else 0
+    return pages * (page_bytes + TABLE_ENTRY) + HEAD_OVERHEAD + fmt.state_bytes
 
 
 class Side:
@@ -126,7 +150,7 @@ class Side:
     def __init__(self, layout: SideLayout, arena: Arena, heads: int):
         self.layout = layout
         self.tail = Segment(arena.pool(layout.dense), heads)
-        self.settled = Segment(arena.pool(layout.format), heads) if layout.settles else None
+        self.settled = Segment(arena.pool(layout.format, layout.tier), heads) if layout.settles else None
 
     @property
     def segments(self) -> list[Segment]:
@@ -193,8 +217,11 @@ class Side:
         self.settled.append(heads, self.settled.encode(heads, self._front(heads, first)), ripe)
         self.tail.pop_front(heads, ripe)
 
-    def read(self, heads: slice | Tensor) -> Tensor:
-        """The tokens of each head, settled ones first: [R, longest, size]."""
+    def read(self, heads: slice | Tensor, index: Tensor | None = None) -> Tensor:
+        """The tokens of each head, settled ones first: [R, longest, size]; with ``index`` (int64 [R, m] on the device,
+        within each head) only these, [R, m, size], and nothing else is decoded."""
+        if index is not None:
+            return self._read_at(heads, index)
         tail = self.tail.decode(heads)
         if self.settled is None or not self.settled.span(heads)[1]:
             return tail
@@ -230,6 +257,16 @@ class Side:
             segment.overwrite(heads, pick(everything, place), pick(touched, place))
             offset += lengths
 
+    def _read_at(self, heads: slice | Tensor, index: Tensor) -> Tensor:
+        if self.settled is None or not self.settled.span(heads)[1]:
+            return self.tail.decode_at(heads, index)
+        if not self.tail.span(heads)[1]:
+            return self.settled.decode_at(heads, index)
+        before = self.settled.lengths[heads].to(index.device)[:, None]
+        settled = self.settled.decode_at(heads, index.minimum(before - 1).clamp(min=0))
+        tail = self.tail.decode_at(heads, (index - before).clamp(min=0))
+        return torch.where((index < before)[..., None], settled, tail)
+
     def _front(self, heads: slice | Tensor, count: int) -> Tensor:
         front = self.tail.decode(heads, count)
         short = count - front.shape[1]
@@ -248,6 +285,7 @@ class Store:
         self.keys = Side(layout.keys, arena, heads)
         self.values = Side(layout.values, arena, heads)
         self.columns = Segment(arena.pool(layout.columns), heads) if layout.columns else None
+        self.beside = {name: Segment(arena.pool(beside.format), heads) for name, beside in layout.beside.items()}
         self._key_slots = self._value_slots = torch.zeros(0, dtype=torch.int64)
 
     @property
@@ -261,6 +299,7 @@ class Store:
         yield from self.values.segments
         if self.columns:
             yield self.columns
+        yield from self.beside.values()
 
     # -- growing ------------------------------------------------------------------------------------------------
 
@@ -323,18 +362,25 @@ class Store:
 
     # -- reading ------------------------------------------------------------------------------------------------
 
-    def read(self, heads: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of each head, [R, longest, size] each."""
-        return self.keys.read(heads), self.values.read(heads)
+    def read(self, heads: slice | Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of each head, [R, longest, size] each; with ``index`` (int64 [R, m] on the device, within
+        each head) only of these entries, [R, m, size] each."""
+        return self.read_keys(heads, index), self.values.read(heads, index)
+
+    def read_keys(self, heads: slice | Tensor, index: Tensor | None = None) -> Tensor:
+        """As ``read``, the keys alone."""
+        return self.keys.read(heads, index)
 
     def read_columns(self, heads: slice | Tensor) -> dict[str, Tensor]:
         """All columns of each head, [R, longest, *shape] each."""
         assert self.columns is not None
         return self.columns.read(heads)
 
-    def read_column(self, heads: slice | Tensor, name: str) -> Tensor:
-        """One column of each head, [R, longest, *shape]."""
+    def read_column(self, heads: slice | Tensor, name: str, index: Tensor | None = None) -> Tensor:
+        """One column of each head, [R, longest, *shape], or of entries ``index`` alone (as in ``read``)."""
         assert self.columns is not None
+        if index is not None:
+            return self.columns.read_at(heads, index, names=(name,))[name]
         return self.columns.read(heads, names=(name,))[name]
 
     def set_columns(self, heads: slice | Tensor, columns: Mapping[str, Tensor]) -> None:
@@ -377,7 +423,7 @@ class Store:
             self.keep(heads, mask.scatter(1, victims, stays.to(victims.device)), lengths - counts)
             return
         self._require_changes(heads)
-        for segment in self.segments:
+        for segment in self._open_segments():
             segment.drop(heads, victims)
         self.note_spans()
 
@@ -385,7 +431,7 @@ class Store:
         """Removes the oldest ``counts`` entries (int64 [R]) of heads that are dense throughout."""
         assert not (self.keys.settled)
         assert not (self.values.settled)
-        for segment in self.segments:
+        for segment in self._open_segments():
             segment.pop_front(heads, counts)
         self.note_spans()
 

@@ -1,6 +1,6 @@
 """Entries of two precisions: a head's important entries in one store, the others in a second."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -95,17 +95,19 @@ class TieredStore(Store):
 
     # -- reading ------------------------------------------------------------------------------------------------
 
-    def read(self, heads: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of each head, [R, longest, size] each."""
-        low, high = self.low.read(heads), self.high.read(heads)
-        return self._joined(heads, low[0], high[0]), self._joined(heads, low[1], high[1])
+    def read(self, heads: slice | Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As ``Store.read``."""
+        return self.read_keys(heads, index), self._either(heads, index, lambda store, at: store.values.read(heads, at))
+
+    def read_keys(self, heads: slice | Tensor, index: Tensor | None = None) -> Tensor:
+        return self._either(heads, index, lambda store, at: store.read_keys(heads, at))
 
     def read_columns(self, heads: slice | Tensor) -> dict[str, Tensor]:
         low, high = self.low.read_columns(heads), self.high.read_columns(heads)
         return {name: self._joined(heads, low[name], high[name]) for name in high}
 
-    def read_column(self, heads: slice | Tensor, name: str) -> Tensor:
-        return self._joined(heads, self.low.read_column(heads, name), self.high.read_column(heads, name))
+    def read_column(self, heads: slice | Tensor, name: str, index: Tensor | None = None) -> Tensor:
+        return self._either(heads, index, lambda store, at: store.read_column(heads, name, at))
 
     def set_columns(self, heads: slice | Tensor, columns: Mapping[str, Tensor]) -> None:
         split = {name: self._split(heads, column) for name, column in columns.items()}
@@ -160,6 +162,20 @@ class TieredStore(Store):
     @property
     def reserved_bookkeeping_bytes(self) -> int:
         return self.low.reserved_bookkeeping_bytes + self.high.reserved_bookkeeping_bytes
+
+    def _either(
+        self, heads: slice | Tensor, index: Tensor | None, read: Callable[[Store, Tensor | None], Tensor]
+    ) -> Tensor:
+        """What ``read`` gives of both stores, as the entries are read."""
+        low, high = self.low.lengths[heads], self.high.lengths[heads]
+        if index is None:
+            return self._joined(heads, read(self.low, None), read(self.high, None))
+        if not int(low.max()) or not int(high.max()):
+            return read(self.low if int(low.max()) else self.high, index)
+        before = low.to(index.device)[:, None]
+        of_low = read(self.low, index.minimum(before - 1).clamp(min=0))
+        of_high = read(self.high, (index - before).clamp(min=0))
+        return torch.where((index < before).view(*index.shape, *[1] * (of_low.dim() - 2)), of_low, of_high)
 
     def _joined(self, heads: slice | Tensor, low: Tensor, high: Tensor) -> Tensor:
         return joined(low, high, self.low.lengths[heads], int(self.lengths[heads].max()))
