@@ -23,7 +23,7 @@ RECIPES = [
     (kvarn.Recipe(()), None),
     ("snapkv(window=8)", 40),
     ("h2o", 40),
-    ("d2o", 40),
+    ("d2o(first_layers=0, last_layers=0)", 40),
     (RAZOR.with_learnt({"echo": HEADS, "induction": 1 - HEADS}), None),
 ]
 

@@ -263,7 +263,7 @@ class Cache(TransformersCache):
 
         def divide(number: int, view: PromptView) -> None:
             preferences[number] = policy.preference(view).cpu()
-            capacity = planner.preferring(preferences)
+            capacity = planner.divided(policy.preferring(preferences))
             for group in self._groups:
                 group.shrink(capacity[group.numbers], number, step.after)
             self.plan = planner.planned(capacity)

@@ -157,6 +157,9 @@ class LayerGroup:
         heads = torch.nonzero(stored & (self.store.lengths > capacity.flatten())).flatten()
         if self.eviction is None or not heads.numel():
             return
+        if isinstance(self.eviction, Merging):
+            self._merge(self.eviction, heads, after, (self.store.lengths - capacity.flatten())[heads])
+            return
         counts, device = capacity.flatten()[heads], self.arena.device
         state = (t.to(device) for t in (self.store.lengths[heads], self._per_head(after)[heads], counts))
         self.store.keep(heads, self.eviction.best(self.store.read_columns(heads), *state), counts)
@@ -204,8 +207,7 @@ class LayerGroup:
         if not heads.numel():
             return
         if isinstance(eviction, Merging):
-            for layer in heads.split(torch.bincount(heads // self.rows).tolist()):
-                self._merge(eviction, layer, self._per_head(step.after)[layer], capacity[layer])
+            self._merge(eviction, heads, step.after, eviction.leaving(capacity[heads]))
             return
         device = self.arena.device
         state = (self.store.lengths, self._per_head(step.after), capacity)
@@ -216,9 +218,17 @@ class LayerGroup:
             self._fold_stored(eviction, heads, columns, victims, counts.to(device))
         self.store.drop(heads, victims, counts)
 
-    def _merge(self, merging: Merging, heads: Tensor, seen: Tensor, capacity: Tensor) -> None:
-        """Merges entries of heads of one layer that are over their capacity."""
-        store, lengths, leaving = self.store, self.store.lengths[heads], merging.leaving(capacity)
+    def _merge(self, merging: Merging, heads: Tensor, after: Tensor, leaving: Tensor) -> None:
+        """Merges away ``leaving`` (int64 [R], above 0) entries of each of ``heads``, layer by layer; ``after`` (int64
+        [B]) tokens have been seen."""
+        seen, capacity = self._per_head(after)[heads], self.capacity.flatten()[heads]
+        sizes = torch.bincount(heads // self.rows).tolist()
+        for layer in zip(*(each.split(sizes) for each in (heads, seen, capacity, leaving)), strict=True):
+            if layer[0].numel():
+                self._merge_layer(merging, *layer)
+
+    def _merge_layer(self, merging: Merging, heads: Tensor, seen: Tensor, capacity: Tensor, leaving: Tensor) -> None:
+        store, lengths = self.store, self.store.lengths[heads]
         columns, (keys, values) = store.read_columns(heads), self._read(heads)
         self.arena.note_peak(keys.nbytes + values.nbytes)
         held = (torch.arange(keys.shape[1]) < lengths[:, None]).to(keys.device)

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .budgets import UNBOUNDED, Budget, Heads, Policy, Preferred, allowed_bytes, highest
+from .budgets import UNBOUNDED, Budget, Heads, Policy, allowed_bytes, highest
 from .errors import BudgetError
 from .memory import Layout
 from .reduction import Eviction
@@ -66,10 +66,10 @@ class Planner:
         taken = self._bytes(torch.minimum(capacity, length)) + self._fixed
         return Plan(capacity, counted.double().mean((0, 2)).long().tolist(), taken.tolist(), self._allowed)
 
-    def preferring(self, preferences: Tensor) -> Tensor:
-        """Capacities [layers, B, K] where layers share the budget by ``preferences`` (float64 [layers, B])."""
+    def divided(self, policy: Policy) -> Tensor:
+        """Capacities [layers, B, K] where ``policy`` divides the budget."""
         assert self.eviction is not None
-        return self._divided(self.eviction, Preferred(preferences))
+        return self._divided(self.eviction, policy)
 
     @cached_property
     def heads(self) -> Heads:
@@ -84,7 +84,10 @@ class Planner:
         unasked = policy.unasked(self.heads) if self.budget is None else None
         if unasked is not None:
             return policy.entries(unasked, self.heads).clamp(min=least)
-        price = self._price_in_bytes(eviction) if self._allowed[0] is not None else self._price_in_entries(eviction)
+        if self._allowed[0] is not None:
+            price = self._price_in_bytes(eviction)
+        else:
+            price = self._price_in_entries(eviction, policy)
 
         def entries(level: Tensor) -> Tensor:
             return policy.entries(level, self.heads).clamp(min=least)
@@ -118,11 +121,18 @@ class Planner:
         allowed = torch.tensor([bytes or 0 for bytes in self._allowed]) - self._fixed
         return _Price("bytes", most, allowed, tables, better)
 
-    def _price_in_entries(self, eviction: Eviction) -> "_Price":
+    def _price_in_entries(self, eviction: Eviction, policy: Policy) -> "_Price":
         asked = torch.tensor([self._entries(eviction, length) for length in self.lengths])
+        count = int(self._full.sum()) * self.heads.kv_heads
+        allowed = asked * count
+        if self.budget is None:
+            # The method's own default is for the heads that it bounds.
+            bounded = policy.entries(torch.zeros_like(asked), self.heads) != UNBOUNDED
+            whole = count - bounded[self._full].sum((0, 2))
+            allowed = allowed + whole * (self.heads.lengths - asked)
         most = max(int(self.heads.lengths.max()), self.spec.max_positions or 0, int(asked.max()))
         table = {layer: torch.arange(most + 1)[None] for layer in self._acted_on}
-        return _Price("entries", most, asked * int(self._full.sum()) * self.heads.kv_heads, table, table)
+        return _Price("entries", most, allowed, table, table)
 
     def _entries(self, eviction: Eviction, length: int) -> int:
         if isinstance(self.budget, int):

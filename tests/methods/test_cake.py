@@ -10,7 +10,7 @@ from one_layer import GROUP, KV_HEADS, VARIANT, OneLayer, probabilities, random_
 
 import kvarn
 from kvarn.attention import Part
-from kvarn.budgets import Cascade, Policy, Preferred
+from kvarn.budgets import Policy, Preferred, Restlessness
 from kvarn.budgets.policy import Uniform
 from kvarn.errors import RecipeError
 from kvarn.methods.cake import CAKE
@@ -20,6 +20,7 @@ from tiny_models import make_tiny
 
 PROMPT = torch.randint(1, 160, (1, 200), generator=torch.Generator().manual_seed(1))
 WINDOW = 4
+NONE = torch.zeros(4, dtype=torch.bool)  # layers that are kept whole
 
 
 def rows_of(queries, keys, window: int) -> list[list[list[float]]]:
@@ -91,7 +92,7 @@ def test_preferences() -> None:
         for rows in rows_of(queries, keys[0, head], WINDOW):
             entropy -= sum(x * math.log(x + 1e-10) for row in rows for x in row)
             variance += sum(mean_and_variance([row[i] for row in rows])[1] for i in range(len(rows[0])))
-    found = float(Cascade(WINDOW, 1.6, 0.4).preference(view)[0])
+    found = float(Restlessness(WINDOW, 1.6, 0.4).preference(view)[0])
     assert found == pytest.approx(entropy ** (1 / 1.6) * variance ** (1 / 0.4), rel=1e-4)
 
 
@@ -148,13 +149,13 @@ def test_large_taus_are_uniform_and_what_fits_is_left_alone() -> None:
 
 def test_a_layer_that_wants_more_gets_more() -> None:
     planner = Recipe.parse("cake(window=8)").planner(read("full", None).spec, 50, [200])
-    capacity = planner.preferring(torch.tensor([[1.0], [2.0], [3.0], [2.0]], dtype=torch.float64))[:, 0, 0]
+    capacity = planner.divided(Preferred(torch.tensor([[1.0], [2.0], [3.0], [2.0]], dtype=torch.float64), NONE))[:, 0, 0]
     assert capacity.tolist() == [25, 50, 75, 50]
-    partly = planner.preferring(torch.tensor([[1.0], [2.0], [0.0], [0.0]], dtype=torch.float64))[:, 0, 0]
+    partly = planner.divided(Preferred(torch.tensor([[1.0], [2.0], [0.0], [0.0]], dtype=torch.float64), NONE))[:, 0, 0]
     assert int(partly.sum()) <= 200
     assert abs(int(partly[1]) - 2 * int(partly[0])) <= 1
     assert partly[2:].tolist() == [9, 9]  # the least, until they are seen
-    assert Preferred(torch.tensor([[1.0], [0.0]])).shares.tolist() == [[1.0], [0.0]]
+    assert Preferred(torch.tensor([[1.0], [0.0]]), NONE[:2]).shares.tolist() == [[1.0], [0.0]]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_bad_parameters(parameters) -> None:
         CAKE(**parameters)
 
 
-class Reversed(Cascade):
+class Reversed(Restlessness):
     def preference(self, view):
         return 1 / super().preference(view)
 

@@ -1,7 +1,7 @@
 """How much each layer and head may keep."""
 
 from .amounts import Budget, allowed_bytes, check_budget, parse_budget, parse_bytes
-from .cascade import Cascade, Preferred
+from .cascade import Cascade, Density, Preferred, Restlessness
 from .policy import UNBOUNDED, Heads, Policy, Shares, Uniform, highest
 from .retrieval import ChosenHeads, RankedHeads
 
@@ -10,10 +10,12 @@ __all__ = [
     "Budget",
     "Cascade",
     "ChosenHeads",
+    "Density",
     "Heads",
     "Policy",
     "Preferred",
     "RankedHeads",
+    "Restlessness",
     "Shares",
     "Uniform",
     "allowed_bytes",

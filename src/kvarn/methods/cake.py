@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..attention.reference import QUERY_BLOCK
-from ..budgets import Cascade, Policy
+from ..budgets import Policy, Restlessness
 from ..errors import RecipeError
 from ..reduction import Eviction
 from ..scoring.shifting import ShiftingMass
@@ -44,4 +44,4 @@ class CAKE(Method):
         return Eviction(score, default=self.capacity, recent=self.window, decode=True)
 
     def budget(self) -> Policy:
-        return Cascade(self.window, self.tau1, self.tau2)
+        return Restlessness(self.window, self.tau1, self.tau2)

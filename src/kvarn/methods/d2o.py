@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..budgets import Density, Policy
 from ..errors import RecipeError
 from ..reduction import Discrimination
 from ..scoring import AccumulatedMass
@@ -15,8 +16,11 @@ class D2O(Method):
     ``heavy`` and ``recent`` are shares of the prompt's length; with a budget only their proportion counts. The first
     ``sinks`` tokens stay. The threshold of similarity is a moving average of what has been seen, of which the past
     counts ``memory``. ``interval`` entries leave a full head at once (None: one, or with a format whose tokens share
-    scales as many as share them). The paper's layer budgets by the density of attention are not part of it: all layers
-    have the same budget unless another method of the recipe divides it.
+    scales as many as share them).
+
+    The ``first_layers`` and the ``last_layers`` keep everything. The others share the budget by the density of their
+    attention, as the prompt goes through them. A budget pays for all layers; without one, ``heavy`` and ``recent`` are
+    those of the layers that are not kept whole.
     """
 
     heavy: float = 0.1
@@ -24,6 +28,8 @@ class D2O(Method):
     sinks: int = 4
     memory: float = 0.5
     interval: int | None = None
+    first_layers: int = 2
+    last_layers: int = 1
 
     name = "d2o"
     family = "merging"
@@ -41,6 +47,8 @@ class D2O(Method):
             raise RecipeError(f"{self}: needs sinks >= 0 and 0 <= memory <= 1")
         if self.interval is not None and self.interval < 1:
             raise RecipeError(f"{self}: interval is at least 1")
+        if min(self.first_layers, self.last_layers) < 0:
+            raise RecipeError(f"{self}: needs first_layers, last_layers >= 0")
 
     def eviction(self) -> Discrimination:
         total = self.heavy + self.recent
@@ -53,3 +61,6 @@ class D2O(Method):
             interval=self.interval,
             memory=self.memory,
         )
+
+    def budget(self) -> Policy:
+        return Density(self.first_layers, self.last_layers)
