@@ -339,7 +339,7 @@ class LayerGroup:
 
     def _unread(self, positions: Tensor, prompt: Step | None = None) -> dict[str, Tensor]:
         """The columns of new entries at ``positions``, but for these, before a query has read them."""
-        columns = self.eviction.fresh(positions, positions) if self.eviction else {}
+        columns = self.eviction.fresh(positions) if self.eviction else {}
         for observer in self.observers:
             first = positions
             if prompt is not None:
@@ -418,7 +418,7 @@ class LayerGroup:
         columns = {}
         if self.eviction is not None:
             each = positions.expand(-1, self.layer.kv_heads, -1)
-            columns = self.eviction.fresh(each, each)
+            columns = self.eviction.fresh(each)
         self._append(heads, fresh, positions >= 0, fresh.step.counts[:, None], columns)
 
     def _append(

@@ -46,9 +46,9 @@ class Eviction:
         """What is kept beside each entry."""
         return {"position": torch.int32, **(self.observes.columns if self.observes else {})}
 
-    def fresh(self, positions: Tensor, first: Tensor) -> dict[str, Tensor]:
-        """The columns of new entries but for their position (see ``ObservingScore.fresh``)."""
-        return self.observes.fresh(positions, first) if self.observes else {}
+    def fresh(self, positions: Tensor) -> dict[str, Tensor]:
+        """The columns of new entries at ``positions`` (int64, any shape), but for these and what is observed."""
+        return {}
 
     @property
     def at_once(self) -> int:

@@ -21,8 +21,8 @@ class Folding(Eviction):
     def columns(self) -> dict[str, ColumnType]:
         return super().columns | {"count": torch.float32}
 
-    def fresh(self, positions: Tensor, first: Tensor) -> dict[str, Tensor]:
-        return super().fresh(positions, first) | {"count": torch.ones_like(positions, dtype=torch.float32)}
+    def fresh(self, positions: Tensor) -> dict[str, Tensor]:
+        return {"count": torch.ones_like(positions, dtype=torch.float32)}
 
     def target(self, positions: Tensor) -> Tensor:
         """The compensation entry among ``positions``, as a mask of the same shape."""

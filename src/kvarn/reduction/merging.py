@@ -105,8 +105,8 @@ class Clustering(Merging):
     def columns(self) -> dict[str, ColumnType]:
         return {**super().columns, "count": torch.float32}
 
-    def fresh(self, positions: Tensor, first: Tensor) -> dict[str, Tensor]:
-        return {**super().fresh(positions, first), "count": torch.ones_like(positions, dtype=torch.float32)}
+    def fresh(self, positions: Tensor) -> dict[str, Tensor]:
+        return {"count": torch.ones_like(positions, dtype=torch.float32)}
 
     def join(self, entries: Entries) -> Joined:
         position, count = entries.columns["position"], entries.columns["count"]
@@ -160,9 +160,9 @@ class Discrimination(Merging):
     def columns(self) -> dict[str, ColumnType]:
         return {**super().columns, "threshold": torch.float32}
 
-    def fresh(self, positions: Tensor, first: Tensor) -> dict[str, Tensor]:
+    def fresh(self, positions: Tensor) -> dict[str, Tensor]:
         none = torch.full_like(positions, -torch.inf, dtype=torch.float32)
-        return {**super().fresh(positions, first), "threshold": none}
+        return {**super().fresh(positions), "threshold": none}
 
     def join(self, entries: Entries) -> Joined:
         held = entries.columns["position"] >= 0
