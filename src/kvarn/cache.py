@@ -34,7 +34,8 @@ class Cache(TransformersCache):
     ``model``: a transformers decoder; its attention implementation is set to "kvarn" (other caches keep working).
     ``recipe``: as in ``Recipe.parse``. ``budget``: a float is a share of the bytes that a dense cache of the same
     tokens would take, a string ("64MiB") bytes for the whole batch, an int entries a head; None: the recipe's own
-    default. ``page_size``: entries in a page.
+    default. ``page_size``: entries in a page. ``arena``: pools to share with other caches, their page size and their
+    ceiling in bytes with them; None: pools of its own, without a ceiling.
 
     Prompts (passes of several tokens) are attended to exactly and compressed layer by layer; passes of one token are
     decoding steps. Nothing here carries gradients. Raises RecipeError, BudgetError or Unsupported here or, where the
@@ -48,11 +49,13 @@ class Cache(TransformersCache):
         budget: Budget = None,
         *,
         page_size: int = 16,
+        arena: Arena | None = None,
     ):
         super().__init__(layers=[])
         self.recipe = Recipe.parse(recipe).calibrated(model)
         check_budget(budget)
-        self.budget, self.page_size = budget, page_size
+        page_size = page_size if arena is None else arena.page_size
+        self.budget, self.page_size, self._shared_arena = budget, page_size, arena
         self.spec = ModelSpec.from_config(model.config, model.dtype)
         _refuse_idle(self.recipe, self.spec)
         layouts = [self.recipe.layout(layer, self.spec.dtype, page_size) for layer in set(self.spec.layers)]
@@ -63,7 +66,9 @@ class Cache(TransformersCache):
         _use_kvarn(model)
         self._config = model.config.get_text_config(decoder=True)
         self.plan: Plan | None = None
+        self._arena: Arena | None
         self._seen: Tensor  # int64 [B] on the host: real tokens of each sequence
+        self._passed: Tensor  # the same with padding
         self._input: Tensor | None  # of the layer that comes next
         self._forget()
 
@@ -112,7 +117,8 @@ class Cache(TransformersCache):
         return out
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The logical length: tokens that have passed, padding included, whatever was evicted."""
+        """The logical length: tokens that have passed, padding included, whatever was evicted; of the longest sequence
+        where they differ."""
         return self._logical
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -171,7 +177,8 @@ class Cache(TransformersCache):
         for group in self._groups:
             group.store.free(group.everyone)
         self._adopt(groups)
-        self._seen = self._seen[chosen]
+        self._seen, self._passed = self._seen[chosen], self._passed[chosen]
+        self.plan = self.plan and self.plan.selected(chosen.tolist())
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
         """Refused: what was evicted or encoded cannot be put back."""
@@ -192,6 +199,47 @@ class Cache(TransformersCache):
         twin._seen = self._seen.clone()
         return twin
 
+    def expect(self, tokens: int) -> None:
+        """The passes up to ``tokens`` tokens a sequence are chunks of one prompt, planned from the first on by its end.
+
+        Without it each chunk is planned as a prompt that ends there."""
+        self._expected = tokens
+
+    def join(self, other: "Cache") -> None:
+        """Appends the sequences of ``other``, a cache of the same model, recipe and arena, which is empty afterwards.
+
+        Page tables move, no entry is copied. Sequences may have different lengths: give the passes that follow the
+        ``position_ids`` of each. Raises CacheMismatch, before anything has changed."""
+        self._check_joins(other)
+        if not self._groups:
+            self._arena, self.plan = other._arena, other.plan
+            self._adopt(other._groups)
+        else:
+            for mine, theirs in zip(self._groups, other._groups, strict=True):
+                mine.join(theirs)
+            self.plan = self.plan.joined(other.plan) if self.plan and other.plan else None
+        self._seen = torch.cat([self._seen, other._seen])
+        self._passed = torch.cat([self._passed, other._passed])
+        other._forget()
+
+    def leave(self, sequence: int) -> "Cache":
+        """Takes ``sequence`` out of the batch, by reference, and returns it as a cache of its own; the last sequence
+        takes its place. Raises CacheMismatch."""
+        if not 0 <= sequence < self._seen.numel() or self._step is not None:
+            raise CacheMismatch(
+                f"sequence {sequence} of {self._seen.numel()} cannot leave: name one of the batch, between two passes"
+            )
+        alone = object.__new__(Cache)
+        alone.__dict__.update(self.__dict__)
+        alone._adopt([group.leave(sequence) for group in self._groups])
+        others = list(range(self._seen.numel() - 1))
+        if sequence < len(others):
+            others[sequence] = len(others)
+        for cache, chosen in ((alone, [sequence]), (self, others)):
+            cache._seen, cache._passed = cache._seen[chosen], cache._passed[chosen]
+            cache.plan = cache.plan and cache.plan.selected(chosen)
+        return alone
+
     def free(self) -> None:
         """Gives all pages back. The cache is empty afterwards."""
         self.reset()
@@ -210,15 +258,16 @@ class Cache(TransformersCache):
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _forget(self) -> None:
-        self._arena: Arena | None = None
+        self._arena = self._shared_arena
         self._adopt([])
         self._seen = torch.zeros(0, dtype=torch.int64)
-        self._logical = 0
+        self._passed = torch.zeros(0, dtype=torch.int64)
         self._step: Step | None = None
         self._carried: Carried | None = None
         self._input = None
         self._decoding = False
         self._next_layer = 0
+        self._expected = 0
 
     def _adopt(self, groups: list[LayerGroup]) -> None:
         self._groups = groups
@@ -238,7 +287,8 @@ class Cache(TransformersCache):
             )
         before = self._seen if self._groups else torch.zeros(batch, dtype=torch.int64)
         step = _step(before, batch, tokens, mask.valid, keys.device)
-        decoding = bool(self._groups) and tokens == 1 and not step.padded
+        whole = bool((before >= self._expected).all())
+        decoding = bool(self._groups) and tokens == 1 and not step.padded and whole
         plan = self.plan if decoding else self._resolve(step)
         if not self._groups:
             self._adopt(self._new_groups(batch, keys.device))
@@ -258,7 +308,7 @@ class Cache(TransformersCache):
         if not isinstance(policy, Cascade) or bool((plan.capacity >= step.after[:, None]).all()):
             return
         # Cutting a layer breaks the blocks of formats, so what they take is not known exactly.
-        planner = self.recipe.planner(self.spec, self.budget, step.after.tolist(), self.page_size, empty=False)
+        planner = self.recipe.planner(self.spec, self.budget, self._ends(step), self.page_size, empty=False)
         preferences = torch.zeros(plan.capacity.shape[:2], dtype=torch.float64)
 
         def divide(number: int, view: PromptView) -> None:
@@ -272,7 +322,17 @@ class Cache(TransformersCache):
             group.divide = divide
 
     def _resolve(self, step: Step) -> Plan:
-        return self.recipe.resolve(self.spec, self.budget, step.after.tolist(), self.page_size, empty=not self._groups)
+        lengths = self._ends(step)
+        empty = not self._groups and lengths == step.after.tolist()
+        return self.recipe.resolve(self.spec, self.budget, lengths, self.page_size, empty=empty)
+
+    def _ends(self, step: Step) -> list[int]:
+        """Tokens of each sequence at the end of its prompt."""
+        return step.after.clamp(min=self._expected).tolist()
+
+    @property
+    def _logical(self) -> int:
+        return max(self._passed.tolist(), default=0)
 
     @property
     def _last_whole_layer(self) -> int:
@@ -303,11 +363,13 @@ class Cache(TransformersCache):
             else:
                 group.end_prompt()
         self._seen = self._step.after
-        self._logical += self._tokens
+        self._passed = (self._passed if self._passed.numel() else torch.zeros_like(self._seen)) + self._tokens
         self._step, self._next_layer = None, 0
 
     def _new_groups(self, batch: int, device: torch.device) -> list[LayerGroup]:
-        self._arena = arena = Arena(device, self.page_size)
+        self._arena = arena = self._shared_arena or Arena(device, self.page_size)
+        if arena.device != device:
+            raise CacheMismatch(f"the arena is on {arena.device}, and the model's keys are on {device}")
         members: dict[LayerSpec, list[int]] = {}
         for number, layer in enumerate(self.spec.layers):
             members.setdefault(layer, []).append(number)
@@ -323,6 +385,20 @@ class Cache(TransformersCache):
         if precision and isinstance(layout, TieredLayout):
             return TieredGroup(numbers, layer, layout, eviction, precision, arena, batch, self._rotary)
         return LayerGroup(numbers, layer, layout, eviction, arena, batch, self._rotary)
+
+    def _check_joins(self, other: "Cache") -> None:
+        reasons = {
+            "is this cache itself": other is self,
+            "was made for another model": other._config is not self._config,
+            f"has the recipe {other.recipe} where this one has {self.recipe}": other.recipe != self.recipe,
+            "holds nothing": not other._groups,
+            "has another arena: make both with the same arena": self._arena is not None
+            and other._arena is not self._arena,
+            "is in the middle of a pass": other._step is not None or self._step is not None,
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise CacheMismatch(f"a cache cannot join that {reason}")
 
     def _check_shapes(self, keys: Tensor, values: Tensor, number: int) -> None:
         if number >= len(self.spec.layers):

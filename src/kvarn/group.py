@@ -1,7 +1,7 @@
 """Layers that keep their entries alike: one store, and what happens to it in a prompt and in a decoding step.
 
 Shapes: B sequences, H query heads, K KV heads, q new tokens, n entries, D head size. Heads of the store are numbered
-(layer, sequence, KV head), so that a layer is a slice.
+(layer, slot, KV head). The sequences fill the first slots, so that a layer is a slice; free slots let others join.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,7 @@ class Fresh:
 
 
 class LayerGroup:
-    """The entries of some layers with equal ``LayerSpec``, for ``batch`` sequences."""
+    """The entries of some layers with equal ``LayerSpec``, for ``batch`` sequences in as many ``slots`` or more."""
 
     def __init__(
         self,
@@ -66,12 +66,11 @@ class LayerGroup:
         batch: int,
         rotary: Rotary | None = None,
     ):
-        self.numbers, self.layer, self.eviction, self.arena, self.batch = numbers, layer, eviction, arena, batch
+        self.numbers, self.layer, self.eviction, self.arena = numbers, layer, eviction, arena
+        self.batch = self.slots = batch
         self.rotary = rotary if layout.before_rope else None
-        self.rows = batch * layer.kv_heads  # heads of one layer
-        self.store = _store(layout, arena, len(numbers) * self.rows)
-        # Entries that each head may hold, where the recipe evicts.
-        self.capacity = torch.zeros((len(numbers), batch, layer.kv_heads), dtype=torch.int64)
+        self.store = _store(layout, arena, len(numbers) * self.stride)
+        self._capacity = torch.zeros((len(numbers), batch, layer.kv_heads), dtype=torch.int64)  # of each slot
         self.prompted = torch.zeros(batch, dtype=torch.int64)  # tokens of each sequence up to its last prompt's end
         self._decoded: Tensor  # tokens of each sequence since then, int64 [B] on the device, in a decoding step
         # Called with a layer and its view before what it keeps is decided, where layers share by what they show.
@@ -95,17 +94,44 @@ class LayerGroup:
         return self.eviction is not None and "count" in self.eviction.columns
 
     @property
-    def everyone(self) -> slice:
-        return slice(0, len(self.numbers) * self.rows)
+    def rows(self) -> int:
+        """Heads of one layer."""
+        return self.batch * self.layer.kv_heads
+
+    @property
+    def stride(self) -> int:
+        """Heads of the store from one layer to the next."""
+        return self.slots * self.layer.kv_heads
+
+    @property
+    def capacity(self) -> Tensor:
+        """Entries that each head may hold, where the recipe evicts: int64 [layers, B, K]."""
+        return self._capacity[:, : self.batch]
+
+    @capacity.setter
+    def capacity(self, capacity: Tensor) -> None:
+        self._capacity[:, : self.batch] = capacity
+
+    @property
+    def everyone(self) -> slice | Tensor:
+        """The store's heads of all layers and sequences."""
+        if self.batch == self.slots:
+            return slice(0, len(self.numbers) * self.stride)
+        return self.heads_of(torch.arange(self.batch))
 
     def heads(self, number: int) -> slice:
         """The store's heads of layer ``number``."""
-        first = self._place[number] * self.rows
+        first = self._place[number] * self.stride
         return slice(first, first + self.rows)
+
+    def heads_of(self, slots: Tensor) -> Tensor:
+        """The store's heads of ``slots`` (int64 [n], may repeat) in all layers, in the order of the store's."""
+        within = slots[:, None] * self.layer.kv_heads + torch.arange(self.layer.kv_heads)
+        return (torch.arange(len(self.numbers))[:, None] * self.stride + within.flatten()).flatten()
 
     def entries(self) -> Tensor:
         """Entries of each head, int64 [layers, B, K]."""
-        return self.store.lengths.view(len(self.numbers), self.batch, self.layer.kv_heads)
+        return self.store.lengths.view(len(self.numbers), self.slots, -1)[:, : self.batch]
 
     def empty(self, batch: int) -> "LayerGroup":
         """A group like this one for ``batch`` sequences, without entries."""
@@ -113,13 +139,45 @@ class LayerGroup:
 
     def selected(self, sequences: Tensor) -> "LayerGroup":
         """A group of sequences ``sequences`` (int64 [B'], host; may repeat) of this one, sharing their pages."""
-        kv_heads = self.layer.kv_heads
         group = self.empty(sequences.numel())
-        within = (sequences[:, None] * kv_heads + torch.arange(kv_heads)).flatten()
-        heads = (torch.arange(len(self.numbers))[:, None] * self.rows + within).flatten()
-        group.store.share(group.everyone, self.store, heads)
+        group.store.share(group.everyone, self.store, self.heads_of(sequences))
         group.capacity, group.prompted = self.capacity[:, sequences], self.prompted[sequences]
         return group
+
+    # -- sequences that come and go -----------------------------------------------------------------------------
+
+    def reserve(self, slots: int) -> None:
+        """Makes room for ``slots`` sequences."""
+        if slots <= self.slots:
+            return
+        before, store, heads = self.slots, self.store, self.heads_of(torch.arange(self.batch))
+        self.slots = slots
+        self.store = _store(store.layout, self.arena, len(self.numbers) * self.stride)
+        self.store.adopt(self.everyone, store, heads)
+        self._capacity = torch.nn.functional.pad(self._capacity, (0, 0, 0, slots - before))
+
+    def join(self, other: "LayerGroup") -> None:
+        """Takes over the sequences of ``other``, which is left without any; nothing is copied."""
+        first, batch = self.batch, self.batch + other.batch
+        if batch > self.slots:
+            self.reserve(max(batch, 2 * self.slots))
+        self.store.adopt(self.heads_of(torch.arange(first, batch)), other.store, other.everyone)
+        self.batch = batch
+        self._capacity[:, first:batch] = other.capacity
+        self.prompted = torch.cat([self.prompted, other.prompted])
+        other.batch, other.prompted = 0, other.prompted[:0]
+
+    def leave(self, sequence: int) -> "LayerGroup":
+        """Takes ``sequence`` out into a group of its own; the last one takes its slot."""
+        alone, slot, last = self.empty(1), torch.tensor([sequence]), self.batch - 1
+        alone.store.adopt(alone.everyone, self.store, self.heads_of(slot))
+        alone.capacity, alone.prompted = self.capacity[:, slot], self.prompted[slot]
+        if sequence < last:
+            self.store.adopt(self.heads_of(slot), self.store, self.heads_of(torch.tensor([last])))
+            self._capacity[:, sequence] = self._capacity[:, last]
+            self.prompted[sequence] = self.prompted[last]
+        self.batch, self.prompted = last, self.prompted[:last]
+        return alone
 
     # -- prompts ------------------------------------------------------------------------------------------------
 
@@ -153,14 +211,14 @@ class LayerGroup:
         """Takes on another ``capacity`` in the middle of a prompt up to ``after`` (int64 [B]) tokens; the layers before
         ``before``, which have stored it, are cut to that."""
         self.capacity = capacity
-        stored = torch.tensor([number < before for number in self.numbers]).repeat_interleave(self.rows)
-        heads = torch.nonzero(stored & (self.store.lengths > capacity.flatten())).flatten()
+        stored = torch.tensor([number < before for number in self.numbers]).repeat_interleave(self.stride)
+        heads = torch.nonzero(stored & (self.store.lengths > self._capacity.flatten())).flatten()
         if self.eviction is None or not heads.numel():
             return
         if isinstance(self.eviction, Merging):
-            self._merge(self.eviction, heads, after, (self.store.lengths - capacity.flatten())[heads])
+            self._merge(self.eviction, heads, after, (self.store.lengths - self._capacity.flatten())[heads])
             return
-        counts, device = capacity.flatten()[heads], self.arena.device
+        counts, device = self._capacity.flatten()[heads], self.arena.device
         state = (t.to(device) for t in (self.store.lengths[heads], self._per_head(after)[heads], counts))
         self.store.keep(heads, self.eviction.best(self.store.read_columns(heads), *state), counts)
 
@@ -168,14 +226,14 @@ class LayerGroup:
 
     def begin_token(self, step: Step) -> None:
         """Before the first layer: makes room for one token in every head."""
-        columns = {}
+        columns, heads = {}, self.everyone
         if self.eviction is not None or self.observers or self.rotary:
-            positions = self._per_head(step.before).to(self.arena.device)
+            positions = self._per_head(step.before)[heads].to(self.arena.device)
             columns["position"] = positions.int()
             columns |= self._unread(positions)
             self._decoded = (step.after - self.prompted).to(self.arena.device)
-        self.store.open_token(columns)
-        lengths = self.store.lengths.view(len(self.numbers), -1)
+        self.store.open_token(columns, heads)
+        lengths = self.entries().flatten(1)
         self._even = (lengths == lengths[:, :1]).all(1).tolist()
 
     def token(self, number: int, fresh: Fresh) -> Tensor:
@@ -197,12 +255,13 @@ class LayerGroup:
         if self.eviction is not None and self.eviction.decode:
             self._evict(self.eviction, step)
         elif self.layer.window is not None:
-            excess = (self.store.lengths - (self.layer.window - 1)).clamp(min=0)
+            heads = self.everyone
+            excess = (self.store.lengths[heads] - (self.layer.window - 1)).clamp(min=0)
             if bool(excess.any()):
-                self.store.pop_front(self.everyone, excess)
+                self.store.pop_front(heads, excess)
 
     def _evict(self, eviction: Eviction, step: Step) -> None:
-        capacity = self.capacity.flatten()
+        capacity = self._capacity.flatten()
         heads = torch.nonzero(self.store.lengths > capacity).flatten()
         if not heads.numel():
             return
@@ -221,8 +280,8 @@ class LayerGroup:
     def _merge(self, merging: Merging, heads: Tensor, after: Tensor, leaving: Tensor) -> None:
         """Merges away ``leaving`` (int64 [R], above 0) entries of each of ``heads``, layer by layer; ``after`` (int64
         [B]) tokens have been seen."""
-        seen, capacity = self._per_head(after)[heads], self.capacity.flatten()[heads]
-        sizes = torch.bincount(heads // self.rows).tolist()
+        seen, capacity = self._per_head(after)[heads], self._capacity.flatten()[heads]
+        sizes = torch.bincount(heads // self.stride).tolist()
         for layer in zip(*(each.split(sizes) for each in (heads, seen, capacity, leaving)), strict=True):
             if layer[0].numel():
                 self._merge_layer(merging, *layer)
@@ -492,8 +551,9 @@ class LayerGroup:
         return (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.arena.device)
 
     def _per_head(self, per_sequence: Tensor) -> Tensor:
-        """[B] -> [heads of the store]."""
-        return per_sequence.repeat_interleave(self.layer.kv_heads).repeat(len(self.numbers))
+        """[B] -> [heads of the store]; 0 in free slots."""
+        of_slots = torch.nn.functional.pad(per_sequence, (0, self.slots - self.batch))
+        return of_slots.repeat_interleave(self.layer.kv_heads).repeat(len(self.numbers))
 
 
 def _gathered(column: Tensor, index: Tensor) -> Tensor:

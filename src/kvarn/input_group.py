@@ -50,7 +50,7 @@ class InputGroup(LayerGroup):
         return Part(*self._of(heads).entries(rows.keys, rows.values), mask)
 
     def _of(self, heads: slice) -> LayerInputs:
-        return self.inputs[heads.start // self.rows]
+        return self.inputs[heads.start // self.stride]
 
     def _check(self, heads: slice, fresh: Fresh) -> None:
         """Raises Unsupported where the model computes keys or values in a way that is not known here."""

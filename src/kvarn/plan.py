@@ -29,6 +29,20 @@ class Plan:
     bytes: list[int]
     allowed: list[int | None]
 
+    def selected(self, sequences: list[int]) -> "Plan":
+        """The plan of some sequences, which may repeat."""
+        return Plan(
+            self.capacity[:, sequences],
+            [self.entries[i] for i in sequences],
+            [self.bytes[i] for i in sequences],
+            [self.allowed[i] for i in sequences],
+        )
+
+    def joined(self, other: "Plan") -> "Plan":
+        """The plan of these sequences and those of ``other``."""
+        capacity = torch.cat([self.capacity, other.capacity], 1)
+        return Plan(capacity, self.entries + other.entries, self.bytes + other.bytes, [*self.allowed, *other.allowed])
+
 
 @dataclass(frozen=True, eq=False)
 class Planner:

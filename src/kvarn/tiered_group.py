@@ -53,14 +53,15 @@ class TieredGroup(LayerGroup):
         super().end_token(step)
         self._demote(self.everyone, step.after)
 
-    def _demote(self, heads: slice, after: Tensor) -> None:
+    def _demote(self, heads: slice | Tensor, after: Tensor) -> None:
         """Lowers the precision of high entries that are too many, of sequences of ``after`` (int64 [B]) tokens."""
         allowed = self.tiers.count_high(self.store.lengths[heads])
         excess = self.store.high.lengths[heads] - allowed
         some = torch.nonzero(excess > 0).flatten()
         if not some.numel():
             return
-        chosen, device = some + heads.start, self.arena.device
+        chosen = some + heads.start if isinstance(heads, slice) else heads[some]
+        device = self.arena.device
         recent = (self.precision.recent_share * allowed[some]).long()
         state = (self.store.high.lengths[chosen], self._per_head(after)[chosen], recent)
         columns = self.store.high.read_columns(chosen)

@@ -110,8 +110,8 @@ class Segment:
         self.write(heads, first, rows, counts)
 
     def next_slots(self, heads: slice | Tensor) -> Tensor:
-        """Flat slots of the last token of each head, int64 [R] on the device (unit 1)."""
-        return self._slots(heads, self.lengths[heads] - 1, 1).flatten().to(self.pool.device)
+        """Flat slots of the last token of each head, int64 [R] on the device (unit 1; no meaning for empty heads)."""
+        return self._slots(heads, (self.lengths[heads] - 1).clamp(min=0), 1).flatten().to(self.pool.device)
 
     def put(self, slots: Tensor, rows: Rows) -> None:
         """Writes one token a head at flat ``slots``: tensors of [R, *shape]. The fast way of decoding."""
@@ -324,6 +324,26 @@ class Segment:
         for name, state in self.state.items():
             state[ids] = source.state[name][others]
         self._device_pages.clear()
+
+    def adopt(self, heads: slice | Tensor, source: "Segment", source_heads: slice | Tensor) -> None:
+        """Moves the tokens of ``source_heads``, which are empty afterwards, to empty ``heads``; ``source`` may be this
+        segment. Tables move; pages and their reference counts stay as they are."""
+        if source.pool is not self.pool:
+            raise CacheMismatch("segments hand over pages only within one pool: use the same arena and format")
+        ids, others = self._ids(heads), source._ids(source_heads)
+        if not ids.numel():
+            return
+        width = int(source._held(others).max())
+        self._widen(width)
+        self.table[ids, :width] = source.table[others, :width]
+        self.starts[ids] = source.starts[others]
+        self._resize(ids, source.lengths[others])
+        for name, state in self.state.items():
+            state[ids] = source.state[name][others]
+        source.starts[others] = 0
+        source._resize(others, torch.zeros_like(others))
+        self._device_pages.clear()
+        source._device_pages.clear()
 
     def free(self, heads: slice | Tensor) -> None:
         """Gives every page of these heads back."""

@@ -211,9 +211,12 @@ class Side:
         if self.settled is None:
             return
         ripe = self.layout.ripe(self.tail.lengths[heads])
-        first = int(ripe.max())
-        if not first:
+        some = torch.nonzero(ripe).flatten()
+        if not some.numel():
             return
+        if some.numel() < ripe.numel():
+            heads, ripe = self.tail._ids(heads)[some], ripe[some]
+        first = int(ripe.max())
         self.settled.append(heads, self.settled.encode(heads, self._front(heads, first)), ripe)
         self.tail.pop_front(heads, ripe)
 
@@ -334,19 +337,19 @@ class Store:
         for pool, count in needed.items():
             pool.reserve(count)
 
-    def open_token(self, columns: Mapping[str, Tensor]) -> None:
-        """Makes room for one more entry in every head at once, with its ``columns`` ([heads] each); ``put_token`` then
-        brings keys and values layer by layer."""
-        targets = self._open_segments()
-        everyone = slice(0, self.lengths.numel())
-        one = torch.ones_like(self.lengths)
-        self._require([(segment, segment.pages_to_extend(everyone, one)) for segment in targets])
+    def open_token(self, columns: Mapping[str, Tensor], heads: slice | Tensor | None = None) -> None:
+        """Makes room for one more entry in each of ``heads`` (None: all) at once, with its ``columns`` ([R] each);
+        ``put_token`` then brings keys and values layer by layer."""
+        targets, everyone = self._open_segments(), slice(0, self.lengths.numel())
+        heads = everyone if heads is None else heads
+        one = torch.ones_like(self.lengths[heads])
+        self._require([(segment, segment.pages_to_extend(heads, one)) for segment in targets])
         for segment in targets:
-            segment.extend(everyone, one)
+            segment.extend(heads, one)
             segment.settle_span()
         self._key_slots, self._value_slots = (s.next_slots(everyone) for s in (self.keys.tail, self.values.tail))
         if self.columns:
-            self.columns.put(self.columns.next_slots(everyone), dict(columns))
+            self.columns.put(self.columns.next_slots(heads), dict(columns))
 
     def put_token(self, heads: slice, keys: Tensor, values: Tensor) -> None:
         """Writes the keys and values ([R, size]) of the entry that ``open_token`` made room for."""
@@ -446,6 +449,12 @@ class Store:
         """Gives empty ``heads`` the entries of another store's heads, by reference, copied on the first write."""
         for mine, theirs in zip(self.segments, source.segments, strict=True):
             mine.share(heads, theirs, source_heads)
+        self.note_spans()
+
+    def adopt(self, heads: slice | Tensor, source: "Store", source_heads: slice | Tensor) -> None:
+        """Moves the entries of another store's heads (or of this one's) to empty ``heads``; nothing is copied."""
+        for mine, theirs in zip(self.segments, source.segments, strict=True):
+            mine.adopt(heads, theirs, source_heads)
         self.note_spans()
 
     def free(self, heads: slice | Tensor) -> None:

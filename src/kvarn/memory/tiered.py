@@ -83,8 +83,8 @@ class TieredStore(Store):
         self.low.reserve_like(heads, times)
         self.high.reserve_like(heads, times)
 
-    def open_token(self, columns: Mapping[str, Tensor]) -> None:
-        self.high.open_token(columns)
+    def open_token(self, columns: Mapping[str, Tensor], heads: slice | Tensor | None = None) -> None:
+        self.high.open_token(columns, heads)
 
     def put_token(self, heads: slice, keys: Tensor, values: Tensor) -> None:
         self.high.put_token(heads, keys, values)
