@@ -89,8 +89,8 @@ class Layout(ABC):
 
 @dataclass(frozen=True)
 class Beside:
-    """Rows that a head keeps beside its entries, each for several of them; for so many entries at most ``most(entries)``
-    (int64, any shape)."""
+    """Rows that a head keeps beside its entries, each for several of them: at most ``most`` of so many entries (int64,
+    any shape)."""
 
     format: Format
     most: Callable[[Tensor], Tensor]
