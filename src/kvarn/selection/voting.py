@@ -64,7 +64,7 @@ class Voting(Selection):
         if self.scaled:
             logits /= keys.shape[-1] ** 0.5
         paid = logits.masked_fill(~candidates[:, :, None], -torch.inf).softmax(-1).nan_to_num(0.0).sum(2)
-        votes = paid if candidates.shape[1] == paid.shape[1] else paid.sum(1, keepdim=True)
+        votes = (paid if candidates.shape[1] == paid.shape[1] else paid.sum(1, keepdim=True)).float()
         if not self.pooling:
             return votes
         before = (self.pooling - 1) // 2
@@ -76,19 +76,15 @@ class Voting(Selection):
 
     def choose(self, votes: Tensor, entries: Tensor, always: Tensor) -> tuple[Tensor, Tensor]:
         """Entries to read, by position: index int64 and validity bool, [B, V, m] each."""
-        held = entries >= 0
-        ranked = votes.masked_fill(~held, -torch.inf).masked_fill(always, torch.inf)
-        index = self._best(ranked, min(ranked.shape[-1], self.reach))
-        room = (always.sum(-1) + self.count).minimum(held.sum(-1))
+        exists = entries >= 0
+        held = exists.sum(-1)
+        ranked = votes.masked_fill(~exists, -torch.inf).masked_fill(always, torch.inf)
+        # Equal tokens have equal keys before their rotation, and pooled votes have plateaus: the oldest are taken.
+        index = ranked.argsort(dim=-1, descending=True, stable=True)[..., : self.reach]
+        room = torch.where(held > self.reach, always.sum(-1) + self.count, held)
         valid = torch.arange(index.shape[-1], device=index.device) < room[..., None]
         order = entries.gather(-1, index).masked_fill(~valid, _LAST).argsort(dim=-1, stable=True)
         return index.gather(-1, order), valid
-
-    def _best(self, ranked: Tensor, count: int) -> Tensor:
-        """The places of the highest; pooled votes have plateaus, of which the oldest are taken."""
-        if self.pooling:
-            return ranked.argsort(dim=-1, descending=True, stable=True)[..., :count]
-        return ranked.topk(count).indices
 
 
 class VotingSelector(Selector):
@@ -178,7 +174,7 @@ class VotingSelector(Selector):
         alike = cosine_similarity(_exact(summary.flatten(1)), _exact(state["query"].flatten(1)), dim=1)
         stays = state["known"] & (alike >= self.voting.threshold)
         chosen = state["chosen"].long().clamp(max=entries.shape[-1] - 1)
-        again = summary.new_zeros(entries.shape, dtype=_exact(summary).dtype).scatter_(-1, chosen, 1.0)
+        again = torch.zeros(entries.shape, device=entries.device).scatter_(-1, chosen, 1.0)
         if bool(stays.all()):
             return again
         keys = reading.store.read_keys(reading.heads).unflatten(0, reading.shape)
