@@ -281,7 +281,8 @@ class Cache(TransformersCache):
         if self._groups and batch != self.batch_size:
             raise CacheMismatch(f"the cache holds {self.batch_size} sequences, and a batch of {batch} came")
         limit = self.spec.max_positions
-        if tokens > 1 and limit is not None and self._logical + tokens > limit:
+        longer = limit is not None and self._logical + tokens > limit
+        if tokens > 1 and longer and not self.recipe.extends(self.spec):
             raise PromptTooLong(
                 f"{self._logical + tokens} tokens, and the model has positions for {limit}: shorten the prompt"
             )
@@ -383,8 +384,12 @@ class Cache(TransformersCache):
         eviction = self.recipe.eviction(layer, self.spec.dtype)
         precision = self.recipe.precision(layer, self.spec.dtype)
         if precision and isinstance(layout, TieredLayout):
-            return TieredGroup(numbers, layer, layout, eviction, precision, arena, batch, self._rotary)
-        return LayerGroup(numbers, layer, layout, eviction, arena, batch, self._rotary)
+            group: LayerGroup = TieredGroup(numbers, layer, layout, eviction, precision, arena, batch, self._rotary)
+        else:
+            group = LayerGroup(numbers, layer, layout, eviction, arena, batch, self._rotary)
+        if selection := self.recipe.selection(layer):
+            group.select(selection, self.recipe.alike(layer, self.spec.dtype), self.spec.dtype)
+        return group
 
     def _check_joins(self, other: "Cache") -> None:
         reasons = {

@@ -16,6 +16,7 @@ from .memory import Arena, Layout, Store, StoreLayout, TieredLayout, TieredStore
 from .prefill import Propagation
 from .reduction import Entries, Eviction, Folding, Merging, folded
 from .scoring import Observation, ObservingScore, PromptView
+from .selection import Chosen, Layers, Reading, Selection, Selector
 from .spec import LayerSpec
 
 
@@ -25,7 +26,8 @@ class Step:
 
     ``positions`` (int64 [B, q], on the device) counts each sequence's real tokens from 0, -1 marks padding; ``before``
     and ``after`` (int64 [B], on the host) are the tokens of each sequence before and after the pass. ``carried`` (int64
-    [B], on the host): how many of the new ones a layer is given, where not all of them.
+    [B], on the host): how many of the new ones a layer is given, where not all of them. ``ends`` (bool [B, q], on the
+    device): which of them end a sentence, where the recipe asks for it.
     """
 
     positions: Tensor
@@ -33,6 +35,7 @@ class Step:
     after: Tensor
     padded: bool
     carried: Tensor | None = None
+    ends: Tensor | None = None
 
     @property
     def counts(self) -> Tensor:
@@ -75,13 +78,14 @@ class LayerGroup:
         self._decoded: Tensor  # tokens of each sequence since then, int64 [B] on the device, in a decoding step
         # Called with a layer and its view before what it keeps is decided, where layers share by what they show.
         self.divide: Callable[[int, PromptView], None] | None = None
+        self.selector: Selector | None = None  # where queries read only some of what is stored
         self._place = {number: place for place, number in enumerate(numbers)}
         self._even = [False] * len(numbers)  # whether the heads of a layer hold equally many entries
 
     @property
     def state_bytes(self) -> int:
         """Bytes kept for the layers themselves, whatever the tokens."""
-        return 0
+        return self.selector.state_bytes if self.selector else 0
 
     @property
     def observers(self) -> list[ObservingScore]:
@@ -133,6 +137,12 @@ class LayerGroup:
         """Entries of each head, int64 [layers, B, K]."""
         return self.store.lengths.view(len(self.numbers), self.slots, -1)[:, : self.batch]
 
+    def select(self, selection: Selection, alike: bool, dtype: torch.dtype) -> None:
+        """Has queries read what ``selection`` chooses. ``alike``: the heads of a layer always hold the same tokens in
+        the same order."""
+        count, device = len(self.numbers), self.arena.device
+        self.selector = selection.selector(Layers(self.layer, count, self.batch, alike, dtype, device, self.rotary))
+
     def empty(self, batch: int) -> "LayerGroup":
         """A group like this one for ``batch`` sequences, without entries."""
         return LayerGroup(self.numbers, self.layer, self.store.layout, self.eviction, self.arena, batch, self.rotary)
@@ -142,6 +152,7 @@ class LayerGroup:
         group = self.empty(sequences.numel())
         group.store.share(group.everyone, self.store, self.heads_of(sequences))
         group.capacity, group.prompted = self.capacity[:, sequences], self.prompted[sequences]
+        group.selector = self.selector.selected(sequences) if self.selector else None
         return group
 
     # -- sequences that come and go -----------------------------------------------------------------------------
@@ -185,7 +196,9 @@ class LayerGroup:
         """Attends new tokens to what is stored and to themselves, exactly, then stores what the recipe keeps."""
         heads = self.heads(number)
         stored = self._part(heads, None) if int(self.store.lengths[heads].max()) else None
-        out = attend(fresh.query, self._exact_parts(heads, stored, fresh), fresh.variant)
+        out = self.selector.prompt(self._reading(number, fresh)) if self.selector else None
+        if out is None:
+            out = attend(fresh.query, self._exact_parts(heads, stored, fresh), fresh.variant)
         self.prompted = fresh.step.after
         in_hand = [fresh.keys, fresh.values, *([stored.keys, stored.values] if stored else [])]
         self.arena.note_peak(sum(tensor.nbytes for tensor in in_hand))
@@ -195,6 +208,8 @@ class LayerGroup:
             self._store_window(self.layer.window, heads, fresh)
         else:
             self._append_all(heads, fresh)
+        if self.selector:
+            self.selector.stored(self._reading(number, fresh))
         if stored is None and number == self.numbers[0]:
             self.store.reserve_like(heads, len(self.numbers) - 1)
         return out
@@ -231,6 +246,7 @@ class LayerGroup:
             positions = self._per_head(step.before)[heads].to(self.arena.device)
             columns["position"] = positions.int()
             columns |= self._unread(positions)
+            columns |= {name: column[:, 0] for name, column in self._noted(self.everyone, step).items()}
             self._decoded = (step.after - self.prompted).to(self.arena.device)
         self.store.open_token(columns, heads)
         lengths = self.entries().flatten(1)
@@ -241,10 +257,17 @@ class LayerGroup:
         heads = self.heads(number)
         keys, values = self._rows(heads, fresh)
         self.store.put_token(heads, keys.flatten(0, 2), values.flatten(0, 2))
-        part = self._part(heads, None if self._even[self._place[number]] else self._held(heads)[:, :, None])
+        chosen = self.selector.token(self._reading(number, fresh)) if self.selector else None
+        if chosen is None:
+            mask = None if self._even[self._place[number]] else self._held(heads)[:, :, None]
+            query, parts = fresh.query, [self._part(heads, mask)]
+        else:
+            query, parts = chosen.query, self._chosen_parts(heads, chosen)
         if not self.observers:
-            return attend(fresh.query, [part], fresh.variant)
-        out, paid = attend_observed(fresh.query, [part], fresh.variant)
+            return attend(query, parts, fresh.variant)
+        out, paid = attend_observed(query, parts, fresh.variant)
+        if chosen is not None:
+            paid = paid.among(chosen.index, int(self.store.lengths[heads].max()))
         self._observe(number, paid, fresh.step)
         return out
 
@@ -265,6 +288,8 @@ class LayerGroup:
         heads = torch.nonzero(self.store.lengths > capacity).flatten()
         if not heads.numel():
             return
+        if self.selector:
+            self.selector.moved()
         if isinstance(eviction, Merging):
             self._merge(eviction, heads, step.after, eviction.leaving(capacity[heads]))
             return
@@ -411,7 +436,8 @@ class LayerGroup:
         """What a score sees; columns are those before the prompt's queries."""
         step = fresh.step
         positions = step.positions[:, None].expand(-1, self.layer.kv_heads, -1)
-        columns = {"position": positions, **self._unread(positions, step)}
+        noted = {name: column.unflatten(0, positions.shape[:2]) for name, column in self._noted(heads, step).items()}
+        columns = {"position": positions, **self._unread(positions, step), **noted}
         if stored is not None:
             old = self._columns(heads)
             columns = {name: torch.cat([old[name], column], 2) for name, column in columns.items()}
@@ -478,6 +504,8 @@ class LayerGroup:
         if self.eviction is not None:
             each = positions.expand(-1, self.layer.kv_heads, -1)
             columns = self.eviction.fresh(each)
+        noted = self._noted(heads, fresh.step)
+        columns |= {name: column.unflatten(0, (self.batch, -1)) for name, column in noted.items()}
         self._append(heads, fresh, positions >= 0, fresh.step.counts[:, None], columns)
 
     def _append(
@@ -520,11 +548,15 @@ class LayerGroup:
             return fresh.keys, fresh.values
         return self.rotary.undo(fresh.keys, fresh.step.positions.clamp(min=0)), fresh.values
 
-    def _read(self, heads: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Stored keys and values as attention reads them, [R, n, size] each."""
-        keys, values = self.store.read(heads)
+    def _read(
+        self, heads: slice | Tensor, index: Tensor | None = None, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Stored keys and values as attention reads them, [R, n, size] each, or of entries ``index`` ([R, m]) alone.
+        ``places`` (int64 [R, m]): where keys are rotated, if not at their positions."""
+        keys, values = self.store.read(heads, index)
         if self.rotary and keys.shape[1]:
-            keys = self.rotary.rotate(keys[:, None], self.store.read_column(heads, "position").long())[:, 0]
+            places = self.store.read_column(heads, "position", index).long() if places is None else places
+            keys = self.rotary.rotate(keys[:, None], places)[:, 0]
         return keys, values
 
     def _overwrite(self, heads: slice | Tensor, touched: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -540,6 +572,25 @@ class LayerGroup:
         if self._counted:
             part.log_weight = self.store.read_column(heads, "count").unflatten(0, shape).clamp(min=1).log()
         return part
+
+    def _chosen_parts(self, heads: slice, chosen: Chosen) -> list[Part]:
+        """What was chosen of a layer, and what is read beside it."""
+        shape = (self.batch, self.layer.kv_heads)
+        keys, values = self._read(heads, chosen.index, chosen.places)
+        part = Part(*(x.unflatten(0, shape) for x in (keys, values, chosen.valid[:, None])))
+        if self._counted:
+            counts = self.store.read_column(heads, "count", chosen.index)
+            part.log_weight = counts.unflatten(0, shape).clamp(min=1).log()
+        return [part, *chosen.others]
+
+    def _reading(self, number: int, fresh: Fresh) -> Reading:
+        place, step = self._place[number], fresh.step
+        new = fresh.query, fresh.keys, fresh.values, step.positions, step.ends
+        return Reading(place, self.heads(number), self.store, *new, fresh.variant)
+
+    def _noted(self, heads: slice, step: Step) -> dict[str, Tensor]:
+        """The columns that a selection keeps of new tokens of these heads, [R, q] each."""
+        return self.selector.fresh(self.store, heads, step.ends) if self.selector else {}
 
     def _held(self, heads: slice) -> Tensor:
         """Which of the entries that are read exist: bool [B, K, n] (heads shorter than the longest are padded)."""

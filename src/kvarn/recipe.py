@@ -19,6 +19,7 @@ from .methods.base import default_of
 from .plan import Plan, Planner
 from .prefill import Propagation
 from .reduction import Eviction, Folding, Merging, Precision
+from .selection import Selection
 from .spec import LayerSpec, ModelSpec
 
 _DECISIONS = {
@@ -26,6 +27,7 @@ _DECISIONS = {
     "budget": "how much each head may keep",
     "channels": "which channels of the keys stay",
     "encode": "in which format",
+    "select": "which entries a query reads",
     "carry": "which tokens go on to later layers",
 }
 
@@ -53,6 +55,11 @@ class Recipe:
             raise RecipeError(
                 f"{owner['budget']} says how much each head may keep, and nothing here what: add a method that evicts, "
                 "as in 'snapkv'"
+            )
+        if self.rematerializes and "select" in owner:
+            raise RecipeError(
+                f"{owner['select']} reads some of the keys, and {owner['keep']} computes all of them anew: leave one "
+                "of them out"
             )
 
     @classmethod
@@ -94,6 +101,19 @@ class Recipe:
         """Which entries of ``layer`` are kept in which of two formats; None: all in one."""
         return next((p for m in self.methods if layer.window is None and (p := m.precision(layer, dtype))), None)
 
+    def selection(self, layer: LayerSpec) -> Selection | None:
+        """Which stored entries of ``layer`` a query reads; None: all, as in layers with a sliding window."""
+        return next((s for m in self.methods if layer.window is None and (s := m.selection())), None)
+
+    def extends(self, spec: ModelSpec) -> bool:
+        """Whether texts may be longer than the positions of the model."""
+        reaches = [s.reach if (s := self.selection(layer)) else None for layer in spec.layers if layer.window is None]
+        return all(reach is not None and reach <= (spec.max_positions or reach) for reach in reaches)
+
+    def alike(self, layer: LayerSpec, dtype: torch.dtype) -> bool:
+        """Whether the heads of ``layer`` hold the same tokens in the same order."""
+        return self.eviction(layer, dtype) is None and self.precision(layer, dtype) is None
+
     @property
     def propagation(self) -> Propagation | None:
         """Which tokens of a first prompt go on beyond some layer; None: all."""
@@ -113,23 +133,29 @@ class Recipe:
     def layout(self, layer: LayerSpec, dtype: torch.dtype, page_size: int) -> Layout:
         """How the entries of ``layer`` are kept."""
         eviction, precision = self.eviction(layer, dtype), self.precision(layer, dtype)
+        selection = self.selection(layer)
+        columns = {**(eviction.columns if eviction else {}), **(selection.columns if selection else {})}
         if precision is None:
             keys, values = self._sides(layer, dtype)
-            columns = Columns(eviction.columns) if eviction else None
-            if keys.before_rope and columns is None:
-                columns = Columns({"position": torch.int32})
-            return StoreLayout(keys, values, columns, page_size)
+            if keys.before_rope or columns:
+                columns = {"position": torch.int32, **columns}
+            beside = selection.beside(layer, dtype) if selection else {}
+            return StoreLayout(keys, values, Columns(columns) if columns else None, page_size, beside)
         if isinstance(eviction, Folding | Merging):
             raise RecipeError(f"{self}: entries that stand for several cannot be kept in two precisions")
-        columns = Columns({**(eviction.columns if eviction else {}), **precision.columns})
-        high, low = (StoreLayout(*sides, columns, page_size) for sides in (precision.high, precision.low))
+        columns |= precision.columns
+        high, low = (
+            StoreLayout(*(selection.sides(*sides) if selection else sides), Columns(columns), page_size)
+            for sides in (precision.high, precision.low)
+        )
         return TieredLayout(high, low, precision.share)
 
     def state_bytes(self, spec: ModelSpec) -> int:
         """Bytes kept for the layers of a model, whatever the tokens."""
-        if not self.rematerializes:
-            return 0
-        return sum(rematerialization.state_bytes(layer, spec.dtype) for layer in spec.layers if layer.window is None)
+        full = [layer for layer in spec.layers if layer.window is None]
+        total = sum(rematerialization.state_bytes(layer, spec.dtype) for layer in full) if self.rematerializes else 0
+        selected = [(s, layer) for layer in full if (s := self.selection(layer))]
+        return total + sum(s.state_bytes(layer, spec.dtype, self.alike(layer, spec.dtype)) for s, layer in selected)
 
     def calibrated(self, model: PreTrainedModel) -> "Recipe":
         """This recipe with what its methods have learnt about ``model``; raises CalibrationError where they must."""
@@ -173,12 +199,12 @@ class Recipe:
         return replace(keys, format=narrow, dense=Dense(layer.key_size, dtype), hold=hold), values
 
     def _encoded(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout]:
+        dense = Dense(layer.key_size, dtype), Dense(layer.value_size, dtype)
+        keys, values = (SideLayout(each, each) for each in dense)
         if layer.window is None:
-            for method in self.methods:
-                if sides := method.encoding(layer, dtype):
-                    return sides
-        keys, values = Dense(layer.key_size, dtype), Dense(layer.value_size, dtype)
-        return SideLayout(keys, keys), SideLayout(values, values)
+            keys, values = next((e for m in self.methods if (e := m.encoding(layer, dtype))), (keys, values))
+        selection = self.selection(layer)
+        return selection.sides(keys, values) if selection else (keys, values)
 
 
 def methods_of(part: "str | Method | Recipe") -> tuple[Method, ...]:

@@ -7,10 +7,12 @@ from torch import Tensor
 
 import kvarn
 from kvarn.attention import Variant
+from kvarn.attention.rotary import Rotary
 from kvarn.group import Fresh, LayerGroup, Step
 from kvarn.memory import Arena
 from kvarn.spec import LayerSpec
 from kvarn.tiered_group import TieredGroup
+from tiny_models import make_tiny
 
 SIZE, KV_HEADS, GROUP = 16, 2, 2
 LAYER = LayerSpec(KV_HEADS * GROUP, KV_HEADS, SIZE, SIZE, None)
@@ -20,25 +22,28 @@ VARIANT = Variant(SIZE**-0.5)
 class OneLayer:
     """A group of one layer and one sequence; ``capacity`` entries a head."""
 
-    def __init__(self, recipe: str, capacity: int = 10**9, device: str = "cpu"):
+    def __init__(self, recipe: str | kvarn.Recipe, capacity: int = 10**9, device: str = "cpu"):
         parsed = kvarn.Recipe.parse(recipe)
         layout = parsed.layout(LAYER, torch.float32, page_size=4)
         eviction = parsed.eviction(LAYER, torch.float32)
         arena, precision = Arena(torch.device(device), 4), parsed.precision(LAYER, torch.float32)
+        rotary = Rotary(make_tiny("llama")) if layout.before_rope else None
         if precision:
-            self.group = TieredGroup([0], LAYER, layout, eviction, precision, arena, batch=1)
+            self.group = TieredGroup([0], LAYER, layout, eviction, precision, arena, 1, rotary)
         else:
-            self.group = LayerGroup([0], LAYER, layout, eviction, arena, batch=1)
+            self.group = LayerGroup([0], LAYER, layout, eviction, arena, 1, rotary)
+        if selection := parsed.selection(LAYER):
+            self.group.select(selection, parsed.alike(LAYER, torch.float32), torch.float32)
         self.group.capacity = torch.full((1, 1, KV_HEADS), capacity)
         self.seen = 0
 
-    def prompt(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        out = self.group.prompt(0, Fresh(query, keys, values, self._step(keys), VARIANT))
+    def prompt(self, query: Tensor, keys: Tensor, values: Tensor, ends: Tensor | None = None) -> Tensor:
+        out = self.group.prompt(0, Fresh(query, keys, values, self._step(keys, ends), VARIANT))
         self.group.end_prompt()
         return out
 
-    def token(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        step = self._step(keys)
+    def token(self, query: Tensor, keys: Tensor, values: Tensor, ends: Tensor | None = None) -> Tensor:
+        step = self._step(keys, ends)
         self.group.begin_token(step)
         out = self.group.token(0, Fresh(query, keys, values, step, VARIANT))
         self.group.end_token(step)
@@ -61,10 +66,10 @@ class OneLayer:
         rows = self.group.store.read_column(self.group.everyone, name)
         return [row[:n].tolist() for row, n in zip(rows, self.group.store.lengths.tolist(), strict=True)]
 
-    def _step(self, keys: Tensor) -> Step:
+    def _step(self, keys: Tensor, ends: Tensor | None) -> Step:
         before, self.seen = self.seen, self.seen + keys.shape[2]
         positions = torch.arange(before, self.seen, device=keys.device)[None]
-        return Step(positions, torch.tensor([before]), torch.tensor([self.seen]), False)
+        return Step(positions, torch.tensor([before]), torch.tensor([self.seen]), False, ends=ends)
 
 
 def random_tokens(count: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -149,7 +149,9 @@ def test_large_taus_are_uniform_and_what_fits_is_left_alone() -> None:
 
 def test_a_layer_that_wants_more_gets_more() -> None:
     planner = Recipe.parse("cake(window=8)").planner(read("full", None).spec, 50, [200])
-    capacity = planner.divided(Preferred(torch.tensor([[1.0], [2.0], [3.0], [2.0]], dtype=torch.float64), NONE))[:, 0, 0]
+    capacity = planner.divided(Preferred(torch.tensor([[1.0], [2.0], [3.0], [2.0]], dtype=torch.float64), NONE))[
+        :, 0, 0
+    ]
     assert capacity.tolist() == [25, 50, 75, 50]
     partly = planner.divided(Preferred(torch.tensor([[1.0], [2.0], [0.0], [0.0]], dtype=torch.float64), NONE))[:, 0, 0]
     assert int(partly.sum()) <= 200

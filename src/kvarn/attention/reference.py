@@ -112,6 +112,13 @@ class Paid:
         rows = [share * weights for share, weights in zip(self.shares, self.weights, strict=True)]
         return torch.cat([pad(row, (0, n - row.shape[-1])) for row, n in zip(rows, self.sizes, strict=True)], -1)
 
+    def among(self, index: Tensor, entries: int) -> "Paid":
+        """The same where the one part is ``index`` (int64 [B * K, m]) of so many ``entries``; others get nothing."""
+        ((weights,), shares) = self.weights, self.shares
+        every = weights.new_zeros((*weights.shape[:-1], entries))
+        at = index.view(*weights.shape[:2], 1, 1, -1).expand_as(weights)
+        return Paid([every.scatter_add_(-1, at, weights)], shares, [entries])
+
     @property
     def mass(self) -> Tensor:
         """From all these queries together, [B, K, G, n]."""

@@ -40,10 +40,10 @@ class Rotary:
 
     def undo(self, keys: Tensor, positions: Tensor) -> Tensor:
         """Keys [B, K, n, D] at ``positions`` (int64 [n] or [B, n]) as they were before their rotation."""
-        exact = keys.float()
+        exact = keys.to(torch.promote_types(keys.dtype, torch.float32))
         cos, sin = self._table(exact, positions)
-        # A rotation undone is the one the other way; scaled frequencies also lengthen by a constant, cos at position 0.
-        squared = self._cos[0, 0] ** 2
+        # A rotation undone is the one the other way; rounded and scaled cosines and sines also change the length.
+        squared = cos**2 + sin**2
         return self._apply(exact, exact[:, :0], cos / squared, -sin / squared)[0].to(keys.dtype)
 
     def _table(self, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -169,8 +169,9 @@ class Segment:
         return self._format(heads).decode(self.read(heads, limit))
 
     def read_at(self, heads: slice | Tensor, index: Tensor, names: Collection[str] | None = None) -> Rows:
-        """Units ``index`` (int64 [R, u] on the device, within each head) alone: tensors of [R, u, *shape]."""
-        index = index.to(self.pool.device)
+        """Units ``index`` (int64 [R, u] on the device; the last one of a head stands for those beyond it) alone:
+        tensors of [R, u, *shape]."""
+        index = self._within(heads, index, self.unit).to(self.pool.device)
         place = (self.starts[heads] // self.unit).to(index.device)[:, None] + index
         pages = self._pages(heads, self._reach(heads)).view(index.shape[0], -1)
         slots = pages.gather(1, place // self.pool.units) * self.pool.units + place % self.pool.units
@@ -178,16 +179,17 @@ class Segment:
         return {name: x.view(*index.shape, *x.shape[1:]) for name, x in rows.items()}
 
     def decode_at(self, heads: slice | Tensor, index: Tensor) -> Tensor:
-        """Tokens ``index`` (int64 [R, m] on the device, within each head) as vectors [R, m, size]. Only their units are
-        read and decoded, each once."""
+        """Tokens ``index`` (int64 [R, m] on the device, as in ``read_at``) as vectors [R, m, size]. Only their units
+        are read and decoded, each once."""
         if self.unit == 1:
             return self._format(heads).decode(self.read_at(heads, index))
+        index = self._within(heads, index, 1)
         units = index // self.unit
         touched = units.new_zeros((units.shape[0], self.span(heads)[1] // self.unit), dtype=torch.bool)
         touched.scatter_(1, units, True)
         rank = touched.cumsum(1)
         some = (~touched).byte().argsort(dim=1, stable=True)[:, : int(rank[:, -1].max())]
-        x = self._format(heads).decode(self.read_at(heads, some.minimum(units.amax(1, keepdim=True))))
+        x = self._format(heads).decode(self.read_at(heads, some))
         return pick(x, (rank.gather(1, units) - 1) * self.unit + index % self.unit)
 
     # -- encoding -----------------------------------------------------------------------------------------------
@@ -352,6 +354,10 @@ class Segment:
         self._resize(heads, torch.zeros_like(self.lengths[heads]))
 
     # -- inside -------------------------------------------------------------------------------------------------
+
+    def _within(self, heads: slice | Tensor, index: Tensor, unit: int) -> Tensor:
+        """Places in units of ``unit`` tokens, the last one of a head in place of those beyond it."""
+        return index.minimum((self.lengths[heads] // unit - 1).clamp(min=0).to(index.device)[:, None])
 
     def _ids(self, heads: slice | Tensor) -> Tensor:
         return torch.arange(self.lengths.numel())[heads] if isinstance(heads, slice) else heads

@@ -89,8 +89,8 @@ class Layout(ABC):
 
 @dataclass(frozen=True)
 class Beside:
-    """Rows that a head keeps beside its entries, each for several of them; for so many entries at most ``most(entries)``
-    (int64, any shape)."""
+    """Rows that a head keeps beside its entries, each for several of them: at most ``most`` of so many entries (int64,
+    any shape)."""
 
     format: Format
     most: Callable[[Tensor], Tensor]
@@ -221,8 +221,8 @@ class Side:
         self.tail.pop_front(heads, ripe)
 
     def read(self, heads: slice | Tensor, index: Tensor | None = None) -> Tensor:
-        """The tokens of each head, settled ones first: [R, longest, size]; with ``index`` (int64 [R, m] on the device,
-        within each head) only these, [R, m, size], and nothing else is decoded."""
+        """The tokens of each head, settled ones first: [R, longest, size]; with ``index`` (int64 [R, m] on the device)
+        only these, [R, m, size], and nothing else is decoded."""
         if index is not None:
             return self._read_at(heads, index)
         tail = self.tail.decode(heads)
@@ -266,7 +266,7 @@ class Side:
         if not self.tail.span(heads)[1]:
             return self.settled.decode_at(heads, index)
         before = self.settled.lengths[heads].to(index.device)[:, None]
-        settled = self.settled.decode_at(heads, index.minimum(before - 1).clamp(min=0))
+        settled = self.settled.decode_at(heads, index)
         tail = self.tail.decode_at(heads, (index - before).clamp(min=0))
         return torch.where((index < before)[..., None], settled, tail)
 
@@ -366,8 +366,8 @@ class Store:
     # -- reading ------------------------------------------------------------------------------------------------
 
     def read(self, heads: slice | Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of each head, [R, longest, size] each; with ``index`` (int64 [R, m] on the device, within
-        each head) only of these entries, [R, m, size] each."""
+        """Keys and values of each head, [R, longest, size] each; with ``index`` (int64 [R, m] on the device; the last
+        entry of a head stands for those beyond it) only of these entries, [R, m, size] each."""
         return self.read_keys(heads, index), self.values.read(heads, index)
 
     def read_keys(self, heads: slice | Tensor, index: Tensor | None = None) -> Tensor:

@@ -173,7 +173,7 @@ class TieredStore(Store):
         if not int(low.max()) or not int(high.max()):
             return read(self.low if int(low.max()) else self.high, index)
         before = low.to(index.device)[:, None]
-        of_low = read(self.low, index.minimum(before - 1).clamp(min=0))
+        of_low = read(self.low, index)
         of_high = read(self.high, (index - before).clamp(min=0))
         return torch.where((index < before).view(*index.shape, *[1] * (of_low.dim() - 2)), of_low, of_high)
 

@@ -15,6 +15,7 @@ from ..formats import Channels
 from ..memory import SideLayout
 from ..prefill import Propagation
 from ..reduction import Eviction, Precision
+from ..selection import Selection
 from ..spec import LayerSpec
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class Method:
 
     A method answers for the decisions it makes and leaves the others alone: ``eviction`` and ``rows`` what to keep,
     ``budget`` how much in each head, ``channels`` which numbers of a key, ``encoding`` or ``precision`` in which
-    format, ``propagation`` which tokens of a prompt go through all layers. Methods that leave each other's decisions
+    format, ``selection`` which entries a query reads, ``propagation`` which tokens of a prompt go through all layers.
+    Methods that leave each other's decisions
     alone combine with ``+``.
     """
 
@@ -59,6 +61,10 @@ class Method:
 
     def precision(self, layer: LayerSpec, dtype: torch.dtype) -> Precision | None:
         """Which entries of a layer are kept in which of two formats; None: all in the one of ``encoding``."""
+        return None
+
+    def selection(self) -> Selection | None:
+        """Which of the stored entries a query reads; None: all."""
         return None
 
     def propagation(self) -> Propagation | None:
@@ -97,6 +103,8 @@ class Method:
             made.add("budget")
         if type(self).encoding is not Method.encoding or type(self).precision is not Method.precision:
             made.add("encode")
+        if type(self).selection is not Method.selection:
+            made.add("select")
         if type(self).propagation is not Method.propagation:
             made.add("carry")
         return made
