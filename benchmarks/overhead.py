@@ -2,9 +2,9 @@
 
     python benchmarks/overhead.py [--tokens 2048] [--steps 20] [--budget 0.25] [--recipes "h2o; kivi(bits=4)"]
 
-For each recipe: a cache reads a real text; a second cache, SnapKV with the bytes that the first one holds as its budget,
-reads the same; both then take decoding steps in turns. The cost is the median over the steps of the ratio of the two.
-Recipes that evict nothing take what they take. Methods that need a calibration use the one that is found for the model.
+For each recipe: a cache reads a real text; a second cache, SnapKV with the bytes that the first one holds as its
+budget, reads the same; both then take decoding steps in turns. The cost is the median over the steps of the ratio of
+the two. Recipes that evict nothing take what they take. Methods that need a calibration use the one that is found for the model.
 """
 
 import argparse

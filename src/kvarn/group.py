@@ -176,6 +176,8 @@ class LayerGroup:
         self.batch = batch
         self._capacity[:, first:batch] = other.capacity
         self.prompted = torch.cat([self.prompted, other.prompted])
+        if self.selector and other.selector:
+            self.selector = self.selector.joined(other.selector)
         other.batch, other.prompted = 0, other.prompted[:0]
 
     def leave(self, sequence: int) -> "LayerGroup":
@@ -183,6 +185,10 @@ class LayerGroup:
         alone, slot, last = self.empty(1), torch.tensor([sequence]), self.batch - 1
         alone.store.adopt(alone.everyone, self.store, self.heads_of(slot))
         alone.capacity, alone.prompted = self.capacity[:, slot], self.prompted[slot]
+        if self.selector:
+            others = torch.arange(last)
+            others[sequence:][:1] = last
+            alone.selector, self.selector = self.selector.selected(slot), self.selector.selected(others)
         if sequence < last:
             self.store.adopt(self.heads_of(slot), self.store, self.heads_of(torch.tensor([last])))
             self._capacity[:, sequence] = self._capacity[:, last]
@@ -246,7 +252,7 @@ class LayerGroup:
             positions = self._per_head(step.before)[heads].to(self.arena.device)
             columns["position"] = positions.int()
             columns |= self._unread(positions)
-            columns |= {name: column[:, 0] for name, column in self._noted(self.everyone, step).items()}
+            columns |= {name: column[:, 0] for name, column in self._noted(heads, step).items()}
             self._decoded = (step.after - self.prompted).to(self.arena.device)
         self.store.open_token(columns, heads)
         lengths = self.entries().flatten(1)
@@ -588,7 +594,7 @@ class LayerGroup:
         new = fresh.query, fresh.keys, fresh.values, step.positions, step.ends
         return Reading(place, self.heads(number), self.store, *new, fresh.variant)
 
-    def _noted(self, heads: slice, step: Step) -> dict[str, Tensor]:
+    def _noted(self, heads: slice | Tensor, step: Step) -> dict[str, Tensor]:
         """The columns that a selection keeps of new tokens of these heads, [R, q] each."""
         return self.selector.fresh(self.store, heads, step.ends) if self.selector else {}
 

@@ -138,7 +138,13 @@ class Selector(ABC):
         twin.state = {name: tensor[:, sequences.to(tensor.device)] for name, tensor in self.state.items()}
         return twin
 
-    def fresh(self, store: Store, heads: slice, ends: Tensor | None) -> dict[str, Tensor]:
+    def joined(self, other: "Selector") -> "Selector":
+        """A selector for these sequences and those of ``other``."""
+        twin = copy(self)
+        twin.state = {name: torch.cat([tensor, other.state[name]], 1) for name, tensor in self.state.items()}
+        return twin
+
+    def fresh(self, store: Store, heads: slice | Tensor, ends: Tensor | None) -> dict[str, Tensor]:
         """The selection's columns of new tokens (``ends``: bool [B, q]) of these heads, [R, q] each."""
         return {}
 
