@@ -4,7 +4,8 @@
 
 For each recipe: a cache reads a real text; a second cache, SnapKV with the bytes that the first one holds as its
 budget, reads the same; both then take decoding steps in turns. The cost is the median over the steps of the ratio of
-the two. Recipes that evict nothing take what they take. Methods that need a calibration use the one that is found for the model.
+the two. Recipes that evict nothing take what they take. Methods that need a calibration use the one found for the
+model.
 """
 
 import argparse
