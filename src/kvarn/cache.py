@@ -16,7 +16,7 @@ from .budgets import Budget, Cascade, check_budget
 from .errors import CacheMismatch, PromptTooLong, Unsupported
 from .group import Fresh, LayerGroup, Step
 from .input_group import InputGroup
-from .memory import Arena, TieredLayout
+from .memory import Arena, Parked, TieredLayout, by_pool
 from .methods import Method
 from .plan import Plan
 from .prefill import Carried
@@ -67,6 +67,10 @@ class Cache(TransformersCache):
         self._config = model.config.get_text_config(decoder=True)
         self.plan: Plan | None = None
         self._arena: Arena | None
+        self._step: Step | None  # of the pass that is under way
+        self._opened: Step | None  # a decoding step that was opened by hand, until the model has passed
+        self._closing: Step | None  # from then on, until it has settled
+        self._parked: list[list[Parked]] | None  # what is in the host's memory, of each group
         self._seen: Tensor  # int64 [B] on the host: real tokens of each sequence
         self._passed: Tensor  # the same with padding
         self._input: Tensor | None  # of the layer that comes next
@@ -147,6 +151,11 @@ class Cache(TransformersCache):
     def batch_size(self) -> int:
         return self._seen.numel() if self._groups else -1
 
+    @property
+    def seen(self) -> Tensor:
+        """Tokens of each sequence that have passed, without padding: int64 [B] on the host."""
+        return self._seen
+
     def __len__(self) -> int:
         return len(self.spec.layers)
 
@@ -189,15 +198,64 @@ class Cache(TransformersCache):
 
     # -- what kvarn adds ----------------------------------------------------------------------------------------
 
+    def empty(self) -> "Cache":
+        """A cache like this one, in the same arena where that was given, that holds nothing."""
+        twin = self._twin()
+        twin._forget()
+        return twin
+
     def fork(self) -> "Cache":
         """A second cache with the same contents by reference: whoever writes first copies the page it writes.
 
         Both draw on the same pools, so the peak that either reports is the peak of both together."""
-        twin = object.__new__(Cache)
-        twin.__dict__.update(self.__dict__)
+        twin = self._twin()
         twin._adopt([group.selected(torch.arange(group.batch)) for group in self._groups])
         twin._seen = self._seen.clone()
         return twin
+
+    def open(self) -> None:
+        """Makes room for the next decoding step before the model computes it; ``settle`` then ends it.
+
+        Without this a decoding step does both itself. Raises OutOfMemory before anything has changed."""
+        if not self._groups or self._opened or self._closing or self._step or self._parked:
+            raise CacheMismatch("a step can be opened in a cache that holds something, between two passes")
+        device = self._groups[0].arena.device
+        step = _step(self._seen, self._seen.numel(), 1, None, device)
+        self._begin_token(step)
+        self._opened = step
+
+    def settle(self) -> None:
+        """Encodes what is ripe and evicts what is over the capacity after a step that ``open`` began.
+
+        Raises OutOfMemory where that needs pages that the arena does not have; it can be called again when sequences
+        have left."""
+        if self._closing:
+            for group in self._groups:
+                group.end_token(self._closing)
+            self._closing = None
+
+    def to_host(self) -> None:
+        """Moves all entries to the host's memory and gives the pages back, until ``to_device``."""
+        if self._parked is None:
+            self._parked = [group.store.park() for group in self._groups]
+
+    def to_device(self) -> None:
+        """Puts back, bit by bit, what ``to_host`` moved. Raises OutOfMemory before anything has changed."""
+        if self._parked is None:
+            return
+        assert self._arena is not None
+        stores = [(group.store, parked) for group, parked in zip(self._groups, self._parked, strict=True)]
+        self._arena.require(by_pool([n for store, parked in stores for n in store.pages_to_unpark(parked)]))
+        for store, parked in stores:
+            store.unpark(parked)
+        self._parked = None
+
+    @property
+    def parked_bytes(self) -> int:
+        """Bytes of the pages that ``to_device`` would take of the device."""
+        stores = zip((group.store for group in self._groups), self._parked or [], strict=False)
+        needed = by_pool([n for store, parked in stores for n in store.pages_to_unpark(parked)])
+        return sum(count * pool.page_bytes for pool, count in needed.items() if pool.tier == "device")
 
     def expect(self, tokens: int) -> None:
         """The passes up to ``tokens`` tokens a sequence are chunks of one prompt, planned from the first on by its end.
@@ -225,12 +283,11 @@ class Cache(TransformersCache):
     def leave(self, sequence: int) -> "Cache":
         """Takes ``sequence`` out of the batch, by reference, and returns it as a cache of its own; the last sequence
         takes its place. Raises CacheMismatch."""
-        if not 0 <= sequence < self._seen.numel() or self._step is not None:
+        if not 0 <= sequence < self._seen.numel() or self._step or self._opened or self._parked:
             raise CacheMismatch(
                 f"sequence {sequence} of {self._seen.numel()} cannot leave: name one of the batch, between two passes"
             )
-        alone = object.__new__(Cache)
-        alone.__dict__.update(self.__dict__)
+        alone = self._twin()
         alone._adopt([group.leave(sequence) for group in self._groups])
         others = list(range(self._seen.numel() - 1))
         if sequence < len(others):
@@ -238,6 +295,7 @@ class Cache(TransformersCache):
         for cache, chosen in ((alone, [sequence]), (self, others)):
             cache._seen, cache._passed = cache._seen[chosen], cache._passed[chosen]
             cache.plan = cache.plan and cache.plan.selected(chosen)
+            cache._closing = cache._closing and cache._closing.selected(chosen)
         return alone
 
     def free(self) -> None:
@@ -257,12 +315,17 @@ class Cache(TransformersCache):
 
     # -- inside -------------------------------------------------------------------------------------------------
 
+    def _twin(self) -> "Cache":
+        twin = object.__new__(Cache)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
     def _forget(self) -> None:
         self._arena = self._shared_arena
         self._adopt([])
         self._seen = torch.zeros(0, dtype=torch.int64)
         self._passed = torch.zeros(0, dtype=torch.int64)
-        self._step: Step | None = None
+        self._step = self._opened = self._closing = self._parked = None
         self._carried: Carried | None = None
         self._input = None
         self._decoding = False
@@ -286,22 +349,33 @@ class Cache(TransformersCache):
             raise PromptTooLong(
                 f"{self._logical + tokens} tokens, and the model has positions for {limit}: shorten the prompt"
             )
+        if self._closing is not None:
+            raise CacheMismatch("the last step was opened by hand: call settle() before the next pass")
         before = self._seen if self._groups else torch.zeros(batch, dtype=torch.int64)
-        step = _step(before, batch, tokens, mask.valid, keys.device)
+        step = self._opened or _step(before, batch, tokens, mask.valid, keys.device)
         whole = bool((before >= self._expected).all())
         decoding = bool(self._groups) and tokens == 1 and not step.padded and whole
+        if self._opened and not decoding:
+            raise CacheMismatch("room was made for a decoding step, and another pass came")
         plan = self.plan if decoding else self._resolve(step)
         if not self._groups:
             self._adopt(self._new_groups(batch, keys.device))
         if decoding:
-            for group in self._groups:
-                group.begin_token(step)
+            if not self._opened:
+                self._begin_token(step)
         elif plan is not None:
             for group in self._groups:
                 group.capacity = plan.capacity[group.numbers]
             self._cascade(plan, step)
         self.plan, self._step, self._decoding, self._next_layer = plan, step, decoding, 0
         self._tokens = tokens
+
+    def _begin_token(self, step: Step) -> None:
+        """Makes room for a token in all groups, or raises OutOfMemory before anything has changed."""
+        assert self._arena is not None
+        self._arena.require(by_pool([needed for group in self._groups for needed in group.pages_to_open()]))
+        for group in self._groups:
+            group.begin_token(step)
 
     def _cascade(self, plan: Plan, step: Step) -> None:
         """Where layers share the budget by what they show: has them tell, and divides it anew after each of them."""
@@ -359,10 +433,11 @@ class Cache(TransformersCache):
         self._carry_all()
         for group in self._groups:
             group.divide = None
-            if self._decoding:
-                group.end_token(self._step)
-            else:
+            if not self._decoding:
                 group.end_prompt()
+            elif not self._opened:
+                group.end_token(self._step)
+        self._closing, self._opened = self._opened, None
         self._seen = self._step.after
         self._passed = (self._passed if self._passed.numel() else torch.zeros_like(self._seen)) + self._tokens
         self._step, self._next_layer = None, 0
@@ -399,7 +474,7 @@ class Cache(TransformersCache):
             "holds nothing": not other._groups,
             "has another arena: make both with the same arena": self._arena is not None
             and other._arena is not self._arena,
-            "is in the middle of a pass": other._step is not None or self._step is not None,
+            "is in the middle of a pass": any(c._step or c._opened or c._closing or c._parked for c in (self, other)),
         }
         for reason, applies in reasons.items():
             if applies:

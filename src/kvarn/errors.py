@@ -29,6 +29,10 @@ class PromptTooLong(KvarnError, ValueError):
     """More tokens than the model has positions for."""
 
 
+class Refused(KvarnError, ValueError):
+    """A request that an engine can never answer, and why."""
+
+
 class ModelNotFound(KvarnError, FileNotFoundError):
     """A model's files are missing, incomplete or damaged."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .attention import Paid, Part, Variant, attend, attend_observed
 from .attention.rotary import Rotary
-from .memory import Arena, Layout, Store, StoreLayout, TieredLayout, TieredStore
+from .memory import Arena, Layout, Segment, Store, StoreLayout, TieredLayout, TieredStore
 from .prefill import Propagation
 from .reduction import Entries, Eviction, Folding, Merging, folded
 from .scoring import Observation, ObservingScore, PromptView
@@ -36,6 +36,11 @@ class Step:
     padded: bool
     carried: Tensor | None = None
     ends: Tensor | None = None
+
+    def selected(self, sequences: list[int]) -> "Step":
+        """The step of some sequences."""
+        positions, before, after = (t[sequences] for t in (self.positions, self.before, self.after))
+        return replace(self, positions=positions, before=before, after=after)
 
     @property
     def counts(self) -> Tensor:
@@ -244,6 +249,10 @@ class LayerGroup:
         self.store.keep(heads, self.eviction.best(self.store.read_columns(heads), *state), counts)
 
     # -- decoding -----------------------------------------------------------------------------------------------
+
+    def pages_to_open(self) -> list[tuple[Segment, int]]:
+        """Pages that ``begin_token`` takes, of each segment."""
+        return self.store.pages_to_open(self.everyone)
 
     def begin_token(self, step: Step) -> None:
         """Before the first layer: makes room for one token in every head."""

@@ -80,6 +80,22 @@ class Planner:
         taken = self._bytes(torch.minimum(capacity, length)) + self._fixed
         return Plan(capacity, counted.double().mean((0, 2)).long().tolist(), taken.tolist(), self._allowed)
 
+    def most(self, tokens: int) -> Tensor:
+        """The most bytes, an open page of each segment included, that each sequence takes until decoding has brought it
+        to ``tokens`` tokens, int64 [B]."""
+        capacity, length = self.plan().capacity, self.heads.lengths[:, None]
+        if self.eviction is not None and self.eviction.decode:
+            held = capacity.clamp(max=tokens)
+        else:
+            held = torch.minimum(capacity, length) + (tokens - length)
+        total = torch.full_like(self.heads.lengths, self.open_bytes)
+        for layer, rows in self._acted_on.items():
+            total = total + self.layouts[layer].most_bytes(held[rows]).sum((0, 2))
+        for layer in self.spec.layers:
+            if layer.window is not None:
+                total = total + layer.kv_heads * self.layouts[layer].most_bytes(torch.tensor(layer.kept_dense(tokens)))
+        return total
+
     def divided(self, policy: Policy) -> Tensor:
         """Capacities [layers, B, K] where ``policy`` divides the budget."""
         assert self.eviction is not None
@@ -171,7 +187,7 @@ class Planner:
 
     def _require(self, needed: Tensor, price: "_Price") -> None:
         """An open page of each segment of a head is beyond a budget in bytes; anything more is an error."""
-        spare = self._open_pages if price.unit == "bytes" else 0
+        spare = self.open_bytes if price.unit == "bytes" else 0
         short = torch.nonzero(needed > price.allowed + spare).flatten().tolist()
         if not short:
             return
@@ -227,7 +243,8 @@ class Planner:
         return total
 
     @cached_property
-    def _open_pages(self) -> int:
+    def open_bytes(self) -> int:
+        """Bytes of one page of each segment of a sequence's heads."""
         return sum(self.kept[layer].kv_heads * self.layouts[layer].open_bytes for layer in self.spec.layers)
 
 

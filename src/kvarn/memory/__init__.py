@@ -1,8 +1,8 @@
 """Where entries live: pages, segments, stores. Nothing here knows of methods."""
 
 from .pool import Arena, HostPool, Pool, Tier
-from .segment import Segment
-from .store import Beside, Layout, Side, SideLayout, Store, StoreLayout
+from .segment import Parked, Segment
+from .store import Beside, Layout, Side, SideLayout, Store, StoreLayout, by_pool
 from .tiered import TieredLayout, TieredStore
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Beside",
     "HostPool",
     "Layout",
+    "Parked",
     "Pool",
     "Segment",
     "Side",
@@ -19,4 +20,5 @@ __all__ = [
     "Tier",
     "TieredLayout",
     "TieredStore",
+    "by_pool",
 ]

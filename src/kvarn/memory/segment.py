@@ -1,6 +1,7 @@
 """The entries of many heads that share one format: a page table, a start and a length for each head."""
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +12,16 @@ from .pool import Pool
 
 TABLE_ENTRY = 4  # bytes of one page id in a page table
 HEAD_OVERHEAD = 16  # bytes of a head's start and length
+
+
+@dataclass(slots=True)
+class Parked:
+    """The contents of a segment in host memory: its ``starts`` and ``lengths``, and the ``rows`` of its ``pages``."""
+
+    starts: Tensor
+    lengths: Tensor
+    rows: Rows
+    pages: int
 
 
 class Segment:
@@ -346,6 +357,26 @@ class Segment:
         source._resize(others, torch.zeros_like(others))
         self._device_pages.clear()
         source._device_pages.clear()
+
+    def park(self) -> Parked:
+        """Moves the pages of all heads to host memory; the heads are empty until ``unpark``."""
+        held = torch.arange(self.table.shape[1]) < self._held(slice(None))[:, None]
+        pages = self.table[held].long().to(self.pool.device)
+        rows = {name: self.pool.selected(name, pages, pages=True).cpu() for name in self.pool.tensors}
+        parked = Parked(self.starts.clone(), self.lengths.clone(), rows, pages.numel())
+        self.free(slice(None))
+        return parked
+
+    def unpark(self, parked: Parked) -> None:
+        """Puts back, bit by bit, what ``park`` took from these heads."""
+        self.starts, self.lengths, self._span = parked.starts, parked.lengths, None
+        held = torch.arange(self.table.shape[1]) < self._held(slice(None))[:, None]
+        pages = self.pool.allocate(parked.pages)
+        self.table[held] = pages
+        units = (pages.long()[:, None] * self.pool.units + torch.arange(self.pool.units)).flatten()
+        for name, rows in parked.rows.items():
+            self.pool.write(name, units.to(self.pool.device), rows.flatten(0, 1).to(self.pool.arena.device))
+        self._device_pages.clear()
 
     def free(self, heads: slice | Tensor) -> None:
         """Gives every page of these heads back."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..formats import Columns, Dense, Format
 from .pool import PAGE_OVERHEAD, Arena, Pool, Tier
-from .segment import HEAD_OVERHEAD, TABLE_ENTRY, Segment, joined, pick
+from .segment import HEAD_OVERHEAD, TABLE_ENTRY, Parked, Segment, joined, pick
 
 
 @dataclass(frozen=True)
@@ -333,9 +333,14 @@ class Store:
 
     def reserve_like(self, heads: slice, times: int) -> None:
         """Makes room for ``times`` as many pages as ``heads`` hold, so that growing layer by layer moves nothing."""
-        needed = _by_pool([(segment, times * segment.pages_held(heads)) for segment in self.segments])
+        needed = by_pool([(segment, times * segment.pages_held(heads)) for segment in self.segments])
         for pool, count in needed.items():
             pool.reserve(count)
+
+    def pages_to_open(self, heads: slice | Tensor) -> list[tuple[Segment, int]]:
+        """Pages that ``open_token`` would allocate in each segment."""
+        one = torch.ones_like(self.lengths[heads])
+        return [(segment, segment.pages_to_extend(heads, one)) for segment in self._open_segments()]
 
     def open_token(self, columns: Mapping[str, Tensor], heads: slice | Tensor | None = None) -> None:
         """Makes room for one more entry in each of ``heads`` (None: all) at once, with its ``columns`` ([R] each);
@@ -343,7 +348,7 @@ class Store:
         targets, everyone = self._open_segments(), slice(0, self.lengths.numel())
         heads = everyone if heads is None else heads
         one = torch.ones_like(self.lengths[heads])
-        self._require([(segment, segment.pages_to_extend(heads, one)) for segment in targets])
+        self._require(self.pages_to_open(heads))
         for segment in targets:
             segment.extend(heads, one)
             segment.settle_span()
@@ -457,6 +462,21 @@ class Store:
             mine.adopt(heads, theirs, source_heads)
         self.note_spans()
 
+    def park(self) -> list[Parked]:
+        """Moves all entries to host memory; the store is empty until ``unpark``."""
+        return [segment.park() for segment in self.segments]
+
+    def unpark(self, parked: list[Parked]) -> None:
+        """Puts back, bit by bit, what ``park`` took. Raises OutOfMemory before anything has changed."""
+        self._require(self.pages_to_unpark(parked))
+        for segment, each in zip(self.segments, parked, strict=True):
+            segment.unpark(each)
+        self.note_spans()
+
+    def pages_to_unpark(self, parked: list[Parked]) -> list[tuple[Segment, int]]:
+        """Pages that ``unpark`` would allocate in each segment."""
+        return [(segment, each.pages) for segment, each in zip(self.segments, parked, strict=True)]
+
     def free(self, heads: slice | Tensor) -> None:
         """Gives every page of these heads back."""
         for segment in self.segments:
@@ -477,7 +497,7 @@ class Store:
 
     def _require(self, needed: list[tuple[Segment, int]]) -> None:
         """Raises OutOfMemory unless all these pages can be had, so that no operation stops halfway."""
-        self.arena.require(_by_pool(needed))
+        self.arena.require(by_pool(needed))
 
     def _require_changes(self, heads: slice | Tensor) -> None:
         """``_require`` for operations that rewrite these heads."""
@@ -504,7 +524,7 @@ class Store:
         return full
 
 
-def _by_pool(needed: list[tuple[Segment, int]]) -> dict[Pool, int]:
+def by_pool(needed: list[tuple[Segment, int]]) -> dict[Pool, int]:
     """Pages that segments need, added up for the pools that several of them share."""
     pages: dict[Pool, int] = {}
     for segment, count in needed:

@@ -83,6 +83,9 @@ class TieredStore(Store):
         self.low.reserve_like(heads, times)
         self.high.reserve_like(heads, times)
 
+    def pages_to_open(self, heads: slice | Tensor) -> list[tuple[Segment, int]]:
+        return self.high.pages_to_open(heads)
+
     def open_token(self, columns: Mapping[str, Tensor], heads: slice | Tensor | None = None) -> None:
         self.high.open_token(columns, heads)
 
