@@ -11,6 +11,7 @@ from kvarn.errors import BudgetError, CacheMismatch, PromptTooLong, Unsupported
 from kvarn.methods.duoattention import DuoAttention
 from kvarn.methods.kivi import KIVI
 from kvarn.methods.razorattention import RazorAttention
+from learnt import kvquant, rotatekv
 from tiny_models import TINY, make_tiny
 
 PROMPT = torch.randint(1, 160, (1, 90), generator=torch.Generator().manual_seed(1))
@@ -34,6 +35,9 @@ RECIPES = [
     ("vidkv(group=16, residual=16)", None),
     ("gear(bits=4, group=16, block=16)", None),
     ("xquant(bits=4, group=16)", None),
+    (kvquant(bits=4), None),
+    (kvquant(bits=2, sinks=3), None),
+    (rotatekv(bits=4, group=16), None),
     ("mikv(ratio=0.3, low=4)", None),
     ("mikv(high=8, low=2)", None),
     ("snapkv(window=8) + mikv(ratio=0.3, low=4)", 0.4),

@@ -16,6 +16,7 @@ from .budgets import Budget, Cascade, check_budget
 from .errors import CacheMismatch, PromptTooLong, Unsupported
 from .group import Fresh, LayerGroup, Step
 from .input_group import InputGroup
+from .joint_group import JointGroup, hand_over_inputs
 from .memory import Arena, Parked, TieredLayout, by_pool
 from .methods import Method
 from .plan import Plan
@@ -63,6 +64,9 @@ class Cache(TransformersCache):
         self._propagation = self.recipe.propagation
         self._later_layers = self._propagation.later_layers(model, self.spec) if self._propagation else []
         self._layer_inputs = inputs_of(model, self.spec) if self.recipe.rematerializes else []
+        self._exemption = self.recipe.exemption
+        if self._exemption and self._exemption.reads_inputs:
+            hand_over_inputs(model, self.spec)
         _use_kvarn(model)
         self._config = model.config.get_text_config(decoder=True)
         self.plan: Plan | None = None
@@ -91,8 +95,13 @@ class Cache(TransformersCache):
         return Pending(key_states, self, layer_idx), Pending(value_states, self, layer_idx)
 
     def take_inputs(self, inputs: Tensor) -> None:
-        """The inputs [B, q, size] of the layer that comes next, where the recipe keeps inputs."""
+        """The inputs [B, q, size] of the attention that comes next, where the recipe keeps inputs."""
         if self._layer_inputs:
+            self._input = inputs
+
+    def take_layer_inputs(self, inputs: Tensor) -> None:
+        """What enters the whole layer that comes next, [B, q, size], where that decides which tokens stay exact."""
+        if self._exemption and self._exemption.reads_inputs:
             self._input = inputs
 
     @torch.no_grad()
@@ -456,6 +465,8 @@ class Cache(TransformersCache):
         if self._layer_inputs and layer.window is None:
             inputs = [each for number in numbers if (each := self._layer_inputs[number])]
             return InputGroup(numbers, layer, layout, inputs, arena, batch)
+        if self.recipe.joins and layer.window is None:
+            return JointGroup(numbers, layer, layout, self._exemption, arena, batch, self._rotary)
         eviction = self.recipe.eviction(layer, self.spec.dtype)
         precision = self.recipe.precision(layer, self.spec.dtype)
         if precision and isinstance(layout, TieredLayout):

@@ -50,8 +50,8 @@ class Step:
 
 @dataclass(slots=True)
 class Fresh:
-    """One layer's new tokens: queries [B, H, q, D], keys and values [B, K, q, D], how they attend, and the layer's
-    inputs [B, q, size] where the recipe keeps those."""
+    """One layer's new tokens: queries [B, H, q, D], keys and values [B, K, q, D], how they attend, and where the recipe
+    asks for them the layer's inputs [B, q, size]: those of its attention, or of the whole layer."""
 
     query: Tensor
     keys: Tensor
@@ -77,7 +77,7 @@ class LayerGroup:
         self.numbers, self.layer, self.eviction, self.arena = numbers, layer, eviction, arena
         self.batch = self.slots = batch
         self.rotary = rotary if layout.before_rope else None
-        self.store = _store(layout, arena, len(numbers) * self.stride)
+        self.store = _store(layout, arena, len(numbers) * self.stride, numbers)
         self._capacity = torch.zeros((len(numbers), batch, layer.kv_heads), dtype=torch.int64)  # of each slot
         self.prompted = torch.zeros(batch, dtype=torch.int64)  # tokens of each sequence up to its last prompt's end
         self._decoded: Tensor  # tokens of each sequence since then, int64 [B] on the device, in a decoding step
@@ -90,7 +90,8 @@ class LayerGroup:
     @property
     def state_bytes(self) -> int:
         """Bytes kept for the layers themselves, whatever the tokens."""
-        return self.selector.state_bytes if self.selector else 0
+        shared = len(self.numbers) * self.store.layout.shared_bytes
+        return shared + (self.selector.state_bytes if self.selector else 0)
 
     @property
     def observers(self) -> list[ObservingScore]:
@@ -168,7 +169,7 @@ class LayerGroup:
             return
         before, store, heads = self.slots, self.store, self.heads_of(torch.arange(self.batch))
         self.slots = slots
-        self.store = _store(store.layout, self.arena, len(self.numbers) * self.stride)
+        self.store = _store(store.layout, self.arena, len(self.numbers) * self.stride, self.numbers)
         self.store.adopt(self.everyone, store, heads)
         self._capacity = torch.nn.functional.pad(self._capacity, (0, 0, 0, slots - before))
 
@@ -533,17 +534,18 @@ class LayerGroup:
             return
         keys, values = self._rows(heads, fresh)
         position = fresh.step.positions.to(torch.int32)[:, None].expand(-1, self.layer.kv_heads, -1)
-        columns = {"position": position, **(columns or {})}
+        marked = self._exempt(fresh)[:, None].expand(-1, self.layer.kv_heads, -1)
+        columns = {"position": position, "marked": marked, **(columns or {})}
         if int(counts.min()) < keys.shape[2]:
             index = (~keep).byte().argsort(dim=-1, stable=True)[..., :longest].expand(-1, self.layer.kv_heads, -1)
             keys = keys.gather(2, index[..., None].expand(-1, -1, -1, keys.shape[3]))
             values = values.gather(2, index[..., None].expand(-1, -1, -1, values.shape[3]))
             columns = {name: _gathered(column, index) for name, column in columns.items()}
         rows = {name: column.flatten(0, 1) for name, column in columns.items()}
-        new = keys.flatten(0, 1), values.flatten(0, 1)
+        new, marked = (keys.flatten(0, 1), values.flatten(0, 1)), rows.pop("marked")
         watched = self.store.watched
         if watched is not None:
-            self.store.observe(heads, *new, counts, self._last_queries(fresh, watched))
+            self.store.observe(heads, *new, counts, self._last_queries(fresh, watched), marked)
         self.store.append(heads, *new, rows, counts)
 
     def _last_queries(self, fresh: Fresh, count: int) -> Tensor:
@@ -553,7 +555,7 @@ class LayerGroup:
         rows = index[:, None, first:, None].expand(-1, fresh.query.shape[1], -1, fresh.query.shape[3])
         real = positions[:, None, first:, None] >= 0
         last = fresh.query.gather(2, rows).masked_fill(~real, 0)
-        if self.rotary:
+        if self.rotary and count:
             last = self.rotary.undo(last, positions[:, first:].clamp(min=0))
         return last.unflatten(1, (self.layer.kv_heads, -1)).flatten(0, 1)
 
@@ -562,6 +564,10 @@ class LayerGroup:
         if self.rotary is None:
             return fresh.keys, fresh.values
         return self.rotary.undo(fresh.keys, fresh.step.positions.clamp(min=0)), fresh.values
+
+    def _exempt(self, fresh: Fresh) -> Tensor:
+        """The new tokens that are to be read exactly, bool [B, q]."""
+        return torch.zeros_like(fresh.step.positions, dtype=torch.bool)
 
     def _read(
         self, heads: slice | Tensor, index: Tensor | None = None, places: Tensor | None = None
@@ -628,8 +634,8 @@ def _gathered(column: Tensor, index: Tensor) -> Tensor:
     return column.gather(2, index.view(*index.shape, *[1] * len(trailing)).expand(*index.shape, *trailing))
 
 
-def _store(layout: Layout, arena: Arena, heads: int) -> Store:
+def _store(layout: Layout, arena: Arena, heads: int, numbers: list[int]) -> Store:
     if isinstance(layout, TieredLayout):
-        return TieredStore(layout, arena, heads)
+        return TieredStore(layout, arena, heads, numbers)
     assert isinstance(layout, StoreLayout)
-    return Store(layout, arena, heads)
+    return Store(layout, arena, heads, numbers)

@@ -18,7 +18,7 @@ from .methods import METHODS, Method
 from .methods.base import default_of
 from .plan import Plan, Planner
 from .prefill import Propagation
-from .reduction import Eviction, Folding, Merging, Precision
+from .reduction import Eviction, Exemption, Folding, Merging, Precision
 from .selection import Selection
 from .spec import LayerSpec, ModelSpec
 
@@ -56,10 +56,10 @@ class Recipe:
                 f"{owner['budget']} says how much each head may keep, and nothing here what: add a method that evicts, "
                 "as in 'snapkv'"
             )
-        if self.rematerializes and "select" in owner:
+        if "select" in owner and (self.rematerializes or self.joins):
             raise RecipeError(
-                f"{owner['select']} reads some of the keys, and {owner['keep']} computes all of them anew: leave one "
-                "of them out"
+                f"{owner['select']} reads some of the entries of a head, and {owner['keep']} reads the heads of a "
+                "layer together: leave one of them out"
             )
 
     @classmethod
@@ -122,7 +122,17 @@ class Recipe:
     @property
     def rematerializes(self) -> bool:
         """Whether layers with full attention keep their inputs in place of keys and values."""
-        return any(type(method).rows is not Method.rows for method in self.methods)
+        return any(method.keeps_inputs for method in self.methods)
+
+    @property
+    def joins(self) -> bool:
+        """Whether layers with full attention keep a row a token for all KV heads together."""
+        return not self.rematerializes and any(type(method).rows is not Method.rows for method in self.methods)
+
+    @property
+    def exemption(self) -> Exemption | None:
+        """Which tokens of a prompt stay exact; None: none."""
+        return next((e for m in self.methods if (e := m.exemption())), None)
 
     def kept(self, layer: LayerSpec) -> LayerSpec:
         """``layer`` as the store holds it."""
@@ -151,7 +161,7 @@ class Recipe:
         return TieredLayout(high, low, precision.share)
 
     def state_bytes(self, spec: ModelSpec) -> int:
-        """Bytes kept for the layers of a model, whatever the tokens."""
+        """Bytes kept for the layers of a model, whatever the tokens and their formats."""
         full = [layer for layer in spec.layers if layer.window is None]
         total = sum(rematerialization.state_bytes(layer, spec.dtype) for layer in full) if self.rematerializes else 0
         selected = [(s, layer) for layer in full if (s := self.selection(layer))]
@@ -178,7 +188,7 @@ class Recipe:
         kept = {layer: self.kept(layer) for layer in set(spec.layers)}
         layouts = {layer: self.layout(layer, spec.dtype, page_size) for layer in kept}
         eviction = next((e for layer in spec.layers if (e := self.eviction(layer, spec.dtype))), None)
-        state = self.state_bytes(spec)
+        state = self.state_bytes(spec) + sum(layouts[layer].shared_bytes for layer in spec.layers)
         return Planner(str(self), spec, kept, layouts, state, eviction, self.policy, budget, lengths, empty)
 
     def resolve(
@@ -189,7 +199,6 @@ class Recipe:
         return self.planner(spec, budget, lengths, page_size, empty=empty).plan()
 
     def _sides(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout]:
-        layer = self.kept(layer)
         channels = next((c for m in self.methods if (c := m.channels(layer))), None)
         if channels is None or layer.window is not None:
             return self._encoded(layer, dtype)
@@ -199,7 +208,8 @@ class Recipe:
         return replace(keys, format=narrow, dense=Dense(layer.key_size, dtype), hold=hold), values
 
     def _encoded(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout]:
-        dense = Dense(layer.key_size, dtype), Dense(layer.value_size, dtype)
+        kept = self.kept(layer)
+        dense = Dense(kept.key_size, dtype), Dense(kept.value_size, dtype)
         keys, values = (SideLayout(each, each) for each in dense)
         if layer.window is None:
             keys, values = next((e for m in self.methods if (e := m.encoding(layer, dtype))), (keys, values))

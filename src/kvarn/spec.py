@@ -1,6 +1,6 @@
 """What kvarn needs to know of a model, read from its transformers config."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
@@ -20,6 +20,12 @@ class LayerSpec:
     value_size: int
     window: int | None
     input_size: int = 0
+
+    @property
+    def joint(self) -> "LayerSpec":
+        """This layer with the keys of all its KV heads as one, and their values."""
+        sizes = self.kv_heads * self.key_size, self.kv_heads * self.value_size
+        return replace(self, kv_heads=1, key_size=sizes[0], value_size=sizes[1])
 
     @property
     def entry_numbers(self) -> int:

@@ -9,7 +9,9 @@ import kvarn
 from kvarn.attention import Variant
 from kvarn.attention.rotary import Rotary
 from kvarn.group import Fresh, LayerGroup, Step
+from kvarn.joint_group import JointGroup
 from kvarn.memory import Arena
+from kvarn.methods import Method
 from kvarn.spec import LayerSpec
 from kvarn.tiered_group import TieredGroup
 from tiny_models import make_tiny
@@ -20,15 +22,17 @@ VARIANT = Variant(SIZE**-0.5)
 
 
 class OneLayer:
-    """A group of one layer and one sequence; ``capacity`` entries a head."""
+    """A group of one layer and one sequence; ``capacity`` entries a head. Keys are rotated as in Llama."""
 
-    def __init__(self, recipe: str | kvarn.Recipe, capacity: int = 10**9, device: str = "cpu"):
+    def __init__(self, recipe: str | Method | kvarn.Recipe, capacity: int = 10**9, device: str = "cpu"):
         parsed = kvarn.Recipe.parse(recipe)
         layout = parsed.layout(LAYER, torch.float32, page_size=4)
         eviction = parsed.eviction(LAYER, torch.float32)
         arena, precision = Arena(torch.device(device), 4), parsed.precision(LAYER, torch.float32)
         rotary = Rotary(make_tiny("llama")) if layout.before_rope else None
-        if precision:
+        if parsed.joins:
+            self.group = JointGroup([0], LAYER, layout, parsed.exemption, arena, 1, rotary)
+        elif precision:
             self.group = TieredGroup([0], LAYER, layout, eviction, precision, arena, 1, rotary)
         else:
             self.group = LayerGroup([0], LAYER, layout, eviction, arena, 1, rotary)
@@ -59,7 +63,7 @@ class OneLayer:
         return [dict(zip(positions, column, strict=True)) for positions, column in pairs]
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
-        """What is read: [KV heads, n, SIZE] each."""
+        """What is read: [KV heads, n, SIZE] each; [1, n, KV heads * SIZE] where the heads of a layer are one row."""
         return self.group.store.read(self.group.everyone)
 
     def _rows(self, name: str) -> list[list]:

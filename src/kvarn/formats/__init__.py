@@ -5,8 +5,11 @@ from .base import Format, Rows
 from .columns import Columns, ColumnType
 from .corrected import Corrected
 from .dense import Dense
+from .exempt import Exempt
 from .integer import Int
 from .narrow import Channels, Narrow
+from .nonuniform import NonUniform, exact_numbers
+from .rotated import Rotated
 from .sparse import Sparse
 from .spectral import Spectral
 from .ternary import Ternary
@@ -18,11 +21,15 @@ __all__ = [
     "Columns",
     "Corrected",
     "Dense",
+    "Exempt",
     "Format",
     "Int",
     "Narrow",
+    "NonUniform",
+    "Rotated",
     "Rows",
     "Sparse",
     "Spectral",
     "Ternary",
+    "exact_numbers",
 ]

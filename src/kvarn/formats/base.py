@@ -18,14 +18,17 @@ class Format(ABC):
     share scales. ``layout`` names the tensors of one unit with shape and dtype; the memory stores exactly these.
 
     What all units of a head share and a prompt decides is the head's ``state``, laid out alike: ``observe`` makes it,
-    from the last ``watched`` queries too, and ``given`` binds the format to it. What a block shares belongs in its
-    rows, and what a model or a layer shares in the format itself.
+    from the last ``watched`` queries too, or ``exempt`` from tokens that are to stay exact, and ``given`` binds the
+    format to it. What the sequences of a layer share (codebooks, orders of channels) is ``shared``: tensors of [layers
+    of the model, KV heads as stored, *shape], kept once a layer and bound by ``given`` too. What a block shares belongs
+    in its rows.
     """
 
     unit: int = 1
     name: str
     layout: Layout
     state: Layout = MappingProxyType({})
+    shared: Mapping[str, Tensor] = MappingProxyType({})
     watched: int = 0
 
     def observe(self, x: Tensor, held: Tensor, queries: Tensor) -> Rows:
@@ -34,8 +37,14 @@ class Format(ABC):
         prompt had fewer."""
         return {}
 
+    def exempt(self, x: Tensor, marked: Tensor) -> Rows:
+        """The part of the state of R heads that holds tokens which are to be read exactly: those in ``marked`` (bool
+        [R, n]) of ``x`` ([R, n, size])."""
+        return {}
+
     def given(self, state: Rows) -> "Format":
-        """This format for heads of ``state`` (tensors of [R, *shape]); ``x`` then is [R, tokens, size]."""
+        """This format for heads of ``state``, and of what their layers share (tensors of [R, *shape]); ``x`` then is
+        [R, tokens, size]."""
         return self
 
     @abstractmethod
@@ -57,9 +66,15 @@ class Format(ABC):
         return _bytes(self.state)
 
     @property
+    def shared_bytes(self) -> int:
+        """Exact bytes of what one layer shares."""
+        return sum(tensor[0].nbytes for tensor in self.shared.values())
+
+    @property
     def key(self) -> tuple:
         """Formats with equal keys can share a pool."""
-        return (self.name, self.unit, tuple(sorted((k, s, str(d)) for k, (s, d) in self.layout.items())))
+        shared = tuple(sorted((name, id(tensor)) for name, tensor in self.shared.items()))
+        return (self.name, self.unit, tuple(sorted((k, s, str(d)) for k, (s, d) in self.layout.items())), shared)
 
 
 def _bytes(layout: Layout) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .base import Format, Rows
 from .integer import Int
+from .packing import places_dtype
 
 _START_SEED = 0
 
@@ -34,7 +35,7 @@ class Corrected(Format):
             "left": ((block, rank), dtype),
             "right": ((size, rank), dtype),
             "exact": (exact, dtype),
-            "places": (exact, torch.uint8 if length <= 256 else torch.int16),
+            "places": (exact, places_dtype(length)),
         }
         # Normal numbers: uniform ones would begin with nearly parallel factors.
         self._start = torch.randn(size, rank, generator=torch.Generator().manual_seed(_START_SEED))

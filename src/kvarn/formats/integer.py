@@ -17,15 +17,16 @@ class Int(Format):
 
     ``axis="token"``: the numbers of one token in ``group`` consecutive channels share a scale (unit: one token).
     ``axis="channel"``: one channel of ``group`` consecutive tokens shares a scale (unit: ``group`` tokens).
-    Scales and minima are kept in the model's dtype, codes packed along the channels.
+    Scales and minima are kept in the model's dtype, codes packed along the channels. The largest and the smallest of
+    the numbers that share a scale are multiplied by ``clip`` first; what lies beyond then is read as they are.
     """
 
-    def __init__(self, bits: int, axis: Axis, group: int, size: int, dtype: torch.dtype):
+    def __init__(self, bits: int, axis: Axis, group: int, size: int, dtype: torch.dtype, clip: float = 1.0):
         if bits not in FIELDS or bits == 1:
             raise RecipeError(f"bits={bits}: use 2, 3, 4 or 8")
         if size % 8:
             raise RecipeError(f"integer formats need vectors of a multiple of 8 numbers; these have {size}")
-        self.bits, self.axis, self.size, self.dtype = bits, axis, size, dtype
+        self.bits, self.axis, self.size, self.dtype, self.clip = bits, axis, size, dtype, clip
         self.name = f"int{bits}/{axis}"
         packed = packed_size(size, bits)
         if axis == "channel":
@@ -49,8 +50,8 @@ class Int(Format):
     def encode(self, x: Tensor) -> Rows:
         groups = self._grouped(x).float()
         dim = self._group_dim
-        minimum = groups.amin(dim)
-        scale = ((groups.amax(dim) - minimum) / (2**self.bits - 1)).to(self.dtype)
+        minimum, maximum = groups.amin(dim) * self.clip, groups.amax(dim) * self.clip
+        scale = ((maximum - minimum) / (2**self.bits - 1)).to(self.dtype)
         minimum = minimum.to(self.dtype)
         # The stored (rounded) scale decides the codes; a constant group has scale 0 and codes 0.
         step = scale.float().unsqueeze(dim)

@@ -11,6 +11,11 @@ from torch import Tensor
 FIELDS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 
+def places_dtype(count: int) -> torch.dtype:
+    """The smallest integers that number ``count`` places."""
+    return torch.uint8 if count <= 2**8 else torch.int16 if count <= 2**15 else torch.int32
+
+
 def packed_size(count: int, bits: int) -> int:
     """Bytes that ``count`` codes of ``bits`` bits take; ``count`` is a multiple of 8."""
     return count * bits // 8

@@ -1,13 +1,13 @@
 """Pages: fixed numbers of slots in a few big tensors, handed out and taken back by integer arithmetic."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import OutOfMemory
-from ..formats import Format
+from ..formats import Format, Rows
 
 # Bookkeeping per page: its place on the free list and its reference count.
 PAGE_OVERHEAD = 8
@@ -39,6 +39,7 @@ class Pool:
         self._free = torch.zeros(0, dtype=torch.int32)
         self._free_count = 0
         self.shared = 0  # pages with more than one owner
+        self._of_layers: dict[tuple[int, ...], Rows] = {}
 
     @property
     def capacity(self) -> int:
@@ -58,6 +59,13 @@ class Pool:
     def reserved_bytes(self) -> int:
         """Bytes of all tensors of the pool, free pages included."""
         return sum(t.untyped_storage().nbytes() for t in self.tensors.values()) + self.capacity * PAGE_OVERHEAD
+
+    def of_layers(self, numbers: Sequence[int]) -> Rows:
+        """What the format shares among the sequences of these layers, [layers, KV heads, *shape], once for all."""
+        key = tuple(numbers)
+        if key not in self._of_layers:
+            self._of_layers[key] = {n: t[list(key)].to(self.arena.device) for n, t in self.format.shared.items()}
+        return self._of_layers[key]
 
     def allocate(self, count: int) -> Tensor:
         """``count`` page ids, int32 [count], with one reference each. Raises OutOfMemory before anything changes."""

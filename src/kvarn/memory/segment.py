@@ -1,6 +1,6 @@
 """The entries of many heads that share one format: a page table, a start and a length for each head."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +29,12 @@ class Segment:
 
     ``table`` is int32 [heads, width] of page ids, ``starts`` and ``lengths`` int64 [heads] in tokens, all on the host.
     The tokens of a head lie at ``starts .. starts + lengths`` of its pages; start is below the page size. Heads are
-    named by a slice or an int64 tensor ``heads``; data of R heads has R as its first dimension.
+    named by a slice or an int64 tensor ``heads``; data of R heads has R as its first dimension. They are those of
+    ``layers``, numbered (layer, sequence, KV head): where the format shares something among a layer's sequences, heads
+    refer to it.
     """
 
-    def __init__(self, pool: Pool, heads: int):
+    def __init__(self, pool: Pool, heads: int, layers: Sequence[int] = (0,)):
         self.pool, self.format, self.unit = pool, pool.format, pool.format.unit
         self.table = torch.zeros((heads, 0), dtype=torch.int32)
         self.starts = torch.zeros(heads, dtype=torch.int64)
@@ -41,6 +43,12 @@ class Segment:
             name: torch.zeros((heads, *shape), dtype=dtype, device=pool.arena.device)
             for name, (shape, dtype) in self.format.state.items()
         }
+        self._shared = {name: tensor.flatten(0, 1) for name, tensor in pool.of_layers(layers).items()}
+        self._row_shared = torch.zeros(0, dtype=torch.int64)  # each head's row of what is shared
+        if self._shared:
+            kv_heads = next(iter(pool.of_layers(layers).values())).shape[1]
+            each = torch.arange(len(layers) * kv_heads).view(len(layers), 1, kv_heads)
+            self._row_shared = each.expand(-1, heads // each.numel(), -1).flatten().to(pool.arena.device)
         self._device_pages: dict[tuple[int, int, int], Tensor] = {}
         self._span: tuple[int, int] | None = None  # start and length, where known to be the same for all heads
 
@@ -205,12 +213,14 @@ class Segment:
 
     # -- encoding -----------------------------------------------------------------------------------------------
 
-    def observe(self, heads: slice | Tensor, x: Tensor, counts: Tensor, queries: Tensor) -> None:
-        """Makes the state of heads that are empty: what they will hold is encoded by it (see ``Format.observe``)."""
+    def observe(self, heads: slice | Tensor, x: Tensor, counts: Tensor, queries: Tensor, marked: Tensor) -> None:
+        """Makes the state of heads that are empty: what they will hold is encoded by it (see ``Format.observe`` and
+        ``Format.exempt``)."""
         held = torch.arange(x.shape[1]) < counts[:, None]
         queries = queries[:, :, max(queries.shape[2] - self.format.watched, 0) :]
         empty = (self.lengths[heads] == 0).to(x.device)
-        for name, new in self.format.observe(x, held.to(x.device), queries).items():
+        state = self.format.observe(x, held.to(x.device), queries) | self.format.exempt(x, marked)
+        for name, new in state.items():
             old = self.state[name]
             old[heads] = torch.where(empty.view(-1, *[1] * (new.dim() - 1)), new, old[heads])
 
@@ -398,9 +408,10 @@ class Segment:
         return self.lengths.numel() * (HEAD_OVERHEAD + self.format.state_bytes)
 
     def _format(self, heads: slice | Tensor) -> Format:
-        return (
-            self.format.given({name: state[heads] for name, state in self.state.items()}) if self.state else self.format
-        )
+        if not (self.state or self._shared):
+            return self.format
+        shared = {name: tensor[self._row_shared[heads]] for name, tensor in self._shared.items()}
+        return self.format.given({name: state[heads] for name, state in self.state.items()} | shared)
 
     def _resize(self, heads: slice | Tensor, lengths: Tensor) -> None:
         self.lengths[heads] = lengths

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -83,6 +83,11 @@ class Layout(ABC):
 
     @property
     @abstractmethod
+    def shared_bytes(self) -> int:
+        """Bytes that one layer's sequences share, whatever their tokens."""
+
+    @property
+    @abstractmethod
     def open_bytes(self) -> int:
         """Bytes of one page of each segment of a head: what a budget may be exceeded by."""
 
@@ -118,6 +123,10 @@ class StoreLayout(Layout):
         return sides + self._rest(tokens)
 
     @property
+    def shared_bytes(self) -> int:
+        return self.keys.format.shared_bytes + self.values.format.shared_bytes
+
+    @property
     def open_bytes(self) -> int:
         one = torch.ones(1, dtype=torch.int64)
         settled = [side for side in (self.keys, self.values) if side.settles]
@@ -147,10 +156,10 @@ def _segment_bytes(fmt: Format, tokens: Tensor, page_size: int, tier: Tier = "de
 class Side:
     """The keys, or the values, of all heads: a settled segment (if the layout has one), then a dense tail."""
 
-    def __init__(self, layout: SideLayout, arena: Arena, heads: int):
+    def __init__(self, layout: SideLayout, arena: Arena, heads: int, layers: Sequence[int] = (0,)):
         self.layout = layout
         self.tail = Segment(arena.pool(layout.dense), heads)
-        self.settled = Segment(arena.pool(layout.format, layout.tier), heads) if layout.settles else None
+        self.settled = Segment(arena.pool(layout.format, layout.tier), heads, layers) if layout.settles else None
 
     @property
     def segments(self) -> list[Segment]:
@@ -279,14 +288,15 @@ class Side:
 class Store:
     """Entries of ``heads`` heads. Key i, value i and column i of a head belong to the same token.
 
-    Heads are numbered by whoever owns the store; operations take a slice or an int64 tensor of heads.
+    Heads are numbered (layer, sequence, KV head), of the model's ``layers``; operations take a slice or an int64 tensor
+    of heads.
     """
 
-    def __init__(self, layout: StoreLayout, arena: Arena, heads: int):
+    def __init__(self, layout: StoreLayout, arena: Arena, heads: int, layers: Sequence[int] = (0,)):
         self.layout: Layout = layout
         self.arena = arena
-        self.keys = Side(layout.keys, arena, heads)
-        self.values = Side(layout.values, arena, heads)
+        self.keys = Side(layout.keys, arena, heads, layers)
+        self.values = Side(layout.values, arena, heads, layers)
         self.columns = Segment(arena.pool(layout.columns), heads) if layout.columns else None
         self.beside = {name: Segment(arena.pool(beside.format), heads) for name, beside in layout.beside.items()}
         self._key_slots = self._value_slots = torch.zeros(0, dtype=torch.int64)
@@ -311,12 +321,15 @@ class Store:
         """How many of a prompt's last queries ``observe`` needs; None: no format has a state."""
         return max((segment.format.watched for segment in self.segments if segment.state), default=None)
 
-    def observe(self, heads: slice | Tensor, keys: Tensor, values: Tensor, counts: Tensor, queries: Tensor) -> None:
+    def observe(
+        self, heads: slice | Tensor, keys: Tensor, values: Tensor, counts: Tensor, queries: Tensor, marked: Tensor
+    ) -> None:
         """Before ``append`` of a prompt's keys and values: makes the states of formats that have one, in heads where
-        nothing has settled. ``queries`` are the last of the prompt, [R, G, watched, size]."""
+        nothing has settled. ``queries`` are the last of the prompt, [R, G, watched, size]; tokens in ``marked`` (bool
+        [R, n]) are to stay exact."""
         for side, x in ((self.keys, keys), (self.values, values)):
             if side.settled and side.settled.state:
-                side.settled.observe(heads, x, counts, queries)
+                side.settled.observe(heads, x, counts, queries, marked)
 
     def append(
         self, heads: slice | Tensor, keys: Tensor, values: Tensor, columns: Mapping[str, Tensor], counts: Tensor

@@ -1,6 +1,6 @@
 """Entries of two precisions: a head's important entries in one store, the others in a second."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,10 @@ class TieredLayout(Layout):
         return self.high.most_bytes(high) + self.low.most_bytes(tokens - high)
 
     @property
+    def shared_bytes(self) -> int:
+        return self.high.shared_bytes + self.low.shared_bytes
+
+    @property
     def open_bytes(self) -> int:
         return self.high.open_bytes + self.low.open_bytes
 
@@ -46,10 +50,10 @@ class TieredStore(Store):
     What is read has a head's low entries first.
     """
 
-    def __init__(self, layout: TieredLayout, arena: Arena, heads: int):
+    def __init__(self, layout: TieredLayout, arena: Arena, heads: int, layers: Sequence[int] = (0,)):
         self.layout: Layout = layout
         self.arena = arena
-        self.high, self.low = Store(layout.high, arena, heads), Store(layout.low, arena, heads)
+        self.high, self.low = (Store(tier, arena, heads, layers) for tier in (layout.high, layout.low))
 
     @property
     def lengths(self) -> Tensor:
@@ -74,10 +78,12 @@ class TieredStore(Store):
         """As ``Store.watched``, of both."""
         return max((store.watched for store in (self.low, self.high) if store.watched is not None), default=None)
 
-    def observe(self, heads: slice | Tensor, keys: Tensor, values: Tensor, counts: Tensor, queries: Tensor) -> None:
+    def observe(
+        self, heads: slice | Tensor, keys: Tensor, values: Tensor, counts: Tensor, queries: Tensor, marked: Tensor
+    ) -> None:
         """As ``Store.observe``, for both."""
-        self.low.observe(heads, keys, values, counts, queries)
-        self.high.observe(heads, keys, values, counts, queries)
+        self.low.observe(heads, keys, values, counts, queries, marked)
+        self.high.observe(heads, keys, values, counts, queries, marked)
 
     def reserve_like(self, heads: slice, times: int) -> None:
         self.low.reserve_like(heads, times)

@@ -14,7 +14,7 @@ from ..errors import CalibrationError
 from ..formats import Channels
 from ..memory import SideLayout
 from ..prefill import Propagation
-from ..reduction import Eviction, Precision
+from ..reduction import Eviction, Exemption, Precision
 from ..selection import Selection
 from ..spec import LayerSpec
 
@@ -38,6 +38,7 @@ class Method:
     acts: ClassVar[str]  # where it acts, in words
     needs: ClassVar[str]  # what it observes, in words
     citation: ClassVar[str]  # title, year, arXiv id
+    keeps_inputs: ClassVar[bool] = False  # ``rows`` are made of the layers' inputs, not of keys and values
 
     def eviction(self) -> Eviction | None:
         """What to keep and what to drop; None: everything."""
@@ -48,7 +49,8 @@ class Method:
         return None
 
     def rows(self, layer: LayerSpec) -> LayerSpec | None:
-        """What a layer keeps for all its heads together, a row a token, in place of keys and values; None: those."""
+        """What a layer keeps for all its heads together, a row a token; None: keys and values head by head. Without
+        ``keeps_inputs`` rows are the keys of all KV heads one after the other, and their values (``joint``)."""
         return None
 
     def channels(self, layer: LayerSpec) -> Channels | None:
@@ -57,6 +59,11 @@ class Method:
 
     def encoding(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout] | None:
         """How keys and values of a layer are kept; None: dense."""
+        return None
+
+    def exemption(self) -> Exemption | None:
+        """Which tokens of a prompt stay exact in a format that exempts some (``Exempt``); None: none. For methods that
+        keep ``rows``."""
         return None
 
     def precision(self, layer: LayerSpec, dtype: torch.dtype) -> Precision | None:

@@ -27,6 +27,7 @@ class XQuant(Method):
     group: int = 128
 
     name = "xquant"
+    keeps_inputs = True
     family = "rematerialization"
     acts = "end of prompt, every decoding step"
     needs = "inputs of layers"
@@ -44,7 +45,7 @@ class XQuant(Method):
         return rematerialization.kept(layer)
 
     def encoding(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout]:
-        """``layer`` as ``rows`` gives it."""
+        layer = self.rows(layer)
         second = Dense(layer.value_size, dtype)
         if not layer.value_size:
             return self._per_token(layer.key_size, dtype), SideLayout(second, second)

@@ -1,6 +1,7 @@
 """What happens to what is over budget."""
 
 from .eviction import Eviction
+from .exemption import Exemption, FirstTokens, MassiveTokens
 from .folding import Folding, folded
 from .merging import Clustering, Discrimination, Entries, Joined, Merging, Runs
 from .precision import Precision
@@ -10,8 +11,11 @@ __all__ = [
     "Discrimination",
     "Entries",
     "Eviction",
+    "Exemption",
+    "FirstTokens",
     "Folding",
     "Joined",
+    "MassiveTokens",
     "Merging",
     "Precision",
     "Runs",
