@@ -302,6 +302,7 @@ class LayerGroup:
         device = self.arena.device
         state = (self.store.lengths, self._per_head(step.after), capacity)
         columns = self.store.read_columns(heads)
+        columns["position"] = columns["position"].masked_fill(~self._within(heads), -1)
         victims = eviction.victims(columns, *(t[heads].to(device) for t in state))
         counts = eviction.leaving(capacity[heads])
         if isinstance(eviction, Folding):

@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from ..errors import Unsupported
-from .reference import Variant
+from .reference import Part, Variant
 
 NAME = "kvarn-probe"
 
@@ -31,6 +32,15 @@ def attending(model: PreTrainedModel, attention: Attention) -> Iterator[None]:
     finally:
         _attention.pop()
         model.set_attn_implementation(before)
+
+
+def causal(keys: Tensor, values: Tensor, window: int | None) -> Part:
+    """What a layer with a sliding window of so many tokens (None: none) attends to without a cache."""
+    if window is None:
+        return Part(keys, values, causal=True)
+    place = torch.arange(keys.shape[2], device=keys.device)
+    age = place[:, None] - place
+    return Part(keys, values, ((age >= 0) & (age < window))[None, None])
 
 
 def _forward(

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..attention import Part, Variant, attend
-from ..attention.probe import attending
+from ..attention.probe import attending, causal
 from ..calibration import Calibration, Progress
 from ..errors import CalibrationError, Unsupported
-from ..spec import LayerSpec, ModelSpec
+from ..spec import ModelSpec
 
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
@@ -77,7 +77,7 @@ class GateTraining(Calibration):
         everything: list[Tensor] = []
 
         def whole(layer: int, query: Tensor, keys: Tensor, values: Tensor, variant: Variant) -> Tensor:
-            everything.append(attend(query, [_causal(spec.layers[layer], keys, values)], variant))
+            everything.append(attend(query, [causal(keys, values, spec.layers[layer].window)], variant))
             return everything[-1]
 
         def gated(layer: int, query: Tensor, keys: Tensor, values: Tensor, variant: Variant) -> Tensor:
@@ -86,7 +86,7 @@ class GateTraining(Calibration):
                     f"{spec.architecture} soft-caps logits or has sinks, through which gates do not learn"
                 )
             if spec.layers[layer].window is not None:
-                return attend(query, [_causal(spec.layers[layer], keys, values)], variant)
+                return attend(query, [causal(keys, values, spec.layers[layer].window)], variant)
             near = attend(query, [self._streaming(keys, values)], variant)
             gate = gates[layer].repeat_interleave(query.shape[1] // keys.shape[1])[None, :, None, None].to(near.dtype)
             return gate * everything[layer] + (1 - gate) * near
@@ -120,14 +120,6 @@ class GateTraining(Calibration):
         )
         tail = tokenizer(questions, add_special_tokens=False).input_ids
         return ids + text[done:] + tail, len(tail)
-
-
-def _causal(layer: LayerSpec, keys: Tensor, values: Tensor) -> Part:
-    if layer.window is None:
-        return Part(keys, values, causal=True)
-    place = torch.arange(keys.shape[2], device=keys.device)
-    age = place[:, None] - place
-    return Part(keys, values, ((age >= 0) & (age < layer.window))[None, None])
 
 
 def _warm_and_cool(step: int, steps: int) -> float:
