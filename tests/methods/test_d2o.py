@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from one_layer import GROUP, KV_HEADS, OneLayer, probabilities, random_tokens, split
+from one_layer import KV_HEADS, NaiveHead, OneLayer, assert_same_rows, in_step, random_tokens, split
 from real_text import divergences
 from torch.nn.functional import cosine_similarity
 
@@ -12,70 +12,41 @@ from kvarn.errors import RecipeError
 from kvarn.methods.d2o import D2O
 
 
-class NaiveD2O:
-    """One KV head: entries as [position, key, value, mass]."""
-
+class NaiveD2O(NaiveHead):
     def __init__(self, capacity: int, sinks: int, recent: int, memory: float):
+        super().__init__()
         self.capacity, self.sinks, self.recent, self.memory = capacity, sinks, recent, memory
-        self.entries: list[list] = []
         self.threshold: float | None = None
-
-    def attend(self, queries, now: int) -> None:
-        read = [entry for entry in self.entries if entry[0] <= now]
-        keys = torch.stack([entry[1] for entry in read])
-        rows = [probabilities(query, keys) for query in queries]
-        for index, entry in enumerate(read):
-            entry[3] += sum(row[index] for row in rows) / len(rows)
 
     def reduce(self, seen: int) -> None:
         count = len(self.entries) - self.capacity
         if count <= 0:
             return
-        open_ = [e for e in self.entries if self.sinks <= e[0] < seen - self.recent]
-        gone = sorted(open_, key=lambda e: e[3])[:count]
-        kept = [e for e in self.entries if not any(e is g for g in gone)]
-        nearest = [max((float(cosine_similarity(g[1], e[1], dim=0)), e[0]) for e in kept) for g in gone]
+        open_ = [e for e in self.entries if self.sinks <= e.position < seen - self.recent]
+        gone = sorted(open_, key=lambda e: e.mass)[:count]
+        kept = [e for e in self.entries if e not in gone]
+        nearest = [max((float(cosine_similarity(g.key, e.key, dim=0)), e.position) for e in kept) for g in gone]
         mean = sum(u for u, _ in nearest) / count
         old = self.threshold
         self.threshold = mean if old is None else self.memory * old + (1 - self.memory) * mean
         for e in kept:
-            joins = [(math.exp(u), g) for (u, p), g in zip(nearest, gone, strict=True) if p == e[0]]
+            joins = [(math.exp(u), g) for (u, p), g in zip(nearest, gone, strict=True) if p == e.position]
             joins = [(w, g) for w, g in joins if math.log(w) >= self.threshold - 1e-6]
             total = math.e + sum(w for w, _ in joins)
-            e[1], e[2] = ((math.e * e[side] + sum(w * g[side] for w, g in joins)) / total for side in (1, 2))
+            e.key, e.value = (
+                (math.e * getattr(e, side) + sum(w * getattr(g, side) for w, g in joins)) / total
+                for side in ("key", "value")
+            )
         self.entries = kept
-
-    def run(self, queries, keys, values, prompt: int):
-        self.entries = [[p, keys[p], values[p], 0.0] for p in range(prompt)]
-        for position in range(prompt):
-            self.attend(queries[:, position], position)
-        self.reduce(prompt)
-        yield
-        for position in range(prompt, keys.shape[0]):
-            self.entries.append([position, keys[position], values[position], 0.0])
-            self.attend(queries[:, position], position)
-            self.reduce(position + 1)
-            yield
 
 
 @pytest.mark.parametrize("memory", [0.5, 0.9])
 def test_the_same_entries_as_the_paper(memory):
-    capacity, prompt = 12, 24
-    tokens = random_tokens(40)
+    capacity = 12
     layer = OneLayer(f"d2o(sinks=2, memory={memory})", capacity)
     naive = [NaiveD2O(capacity, 2, 6, memory) for _ in range(KV_HEADS)]
-    queries = tokens[0].unflatten(1, (KV_HEADS, GROUP))[0]
-    runs = [n.run(queries[h], tokens[1][0, h], tokens[2][0, h], prompt) for h, n in enumerate(naive)]
-    for taken, _ in enumerate(zip(*runs, strict=True)):
-        first = 0 if taken == 0 else prompt + taken - 1
-        (layer.prompt if taken == 0 else layer.token)(*split(tokens, first, prompt + taken))
-        assert layer.positions() == [[entry[0] for entry in n.entries] for n in naive]
-        keys, values = layer.keys_and_values()
-        for h, positions in enumerate(layer._rows("position")):
-            by_position = {entry[0]: entry for entry in naive[h].entries}
-            for place, position in enumerate(positions):
-                torch.testing.assert_close(keys[h, place], by_position[position][1], rtol=1e-4, atol=1e-4)
-                torch.testing.assert_close(values[h, place], by_position[position][2], rtol=1e-4, atol=1e-4)
+    for _ in in_step(layer, naive, random_tokens(40), prompt=24):
+        assert_same_rows(layer, naive)
     assert layer.by_position("threshold")[0][0] == pytest.approx(naive[0].threshold, abs=1e-4)
 
 

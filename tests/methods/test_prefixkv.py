@@ -1,7 +1,5 @@
 """PrefixKV against the paper's algorithm in plain loops (arXiv 2412.03409)."""
 
-from dataclasses import dataclass
-from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -9,7 +7,7 @@ from one_layer import GROUP, KV_HEADS, OneLayer, probabilities, random_tokens, s
 
 import kvarn
 from drive import logits_of
-from kvarn.budgets import Heads, Policy, Uniform
+from kvarn.budgets import Heads
 from kvarn.budgets.prefixes import Prefixes, PrefixSearch
 from kvarn.errors import CalibrationError, RecipeError
 from kvarn.methods.prefixkv import PrefixKV
