@@ -1,6 +1,5 @@
 """PrefixKV against the paper's algorithm in plain loops (arXiv 2412.03409)."""
 
-
 import pytest
 import torch
 from one_layer import GROUP, KV_HEADS, OneLayer, probabilities, random_tokens, split
@@ -149,7 +148,7 @@ def test_a_text_that_is_too_short() -> None:
         PrefixSearch().run(make_tiny("llama"), tokenizer, "abc", lambda done, total: None)
 
 
-@pytest.mark.parametrize("parameters", [{"kept": 0.0}, {"kept": 1.5}, {"sinks": -1}, {"distance": -1}])
+@pytest.mark.parametrize("parameters", [{"kept": 0.0}, {"kept": 1.5}, {"sinks": -1}, {"recent": -1}, {"distance": -1}])
 def test_bad_parameters(parameters) -> None:
     with pytest.raises(RecipeError, match="prefixkv"):
         PrefixKV(**parameters)

@@ -16,12 +16,13 @@ class PrefixKV(Method):
 
     How many these are is learnt once for a model (``kvarn calibrate``), for every share ``kept`` of all entries or
     whatever a budget allows. Which they are the prompt decides: those that receive most from all its queries, averaged
-    over all heads of the layer, which keep the same tokens; the first ``sinks`` and the last one always. In decoding
-    the newest entry before the last ``distance`` leaves, so that the prompt's head and what is recent stay.
+    over all heads of the layer, which keep the same tokens; the first ``sinks`` and the ``recent`` newest ones always.
+    In decoding the newest entry before the last ``distance`` leaves, so that the prompt's head and what is recent stay.
     """
 
     kept: float = 0.5
     sinks: int = 1
+    recent: int = 1
     distance: int = 25
 
     name = "prefixkv"
@@ -36,11 +37,12 @@ class PrefixKV(Method):
     def __post_init__(self) -> None:
         if not 0 < self.kept <= 1:
             raise RecipeError(f"{self}: kept is a share above 0 and at most 1")
-        if min(self.sinks, self.distance) < 0:
-            raise RecipeError(f"{self}: needs sinks, distance >= 0")
+        if min(self.sinks, self.recent, self.distance) < 0:
+            raise RecipeError(f"{self}: needs sinks, recent, distance >= 0")
 
     def eviction(self) -> Eviction:
-        return Eviction(LayerMass(self.distance), default=self.kept, sinks=self.sinks, recent=1, decode=True)
+        score = LayerMass(self.distance)
+        return Eviction(score, default=self.kept, sinks=self.sinks, recent=self.recent, decode=True)
 
     def budget(self) -> Policy:
         return Prefixes(self.knows("kept"), self.kept)
