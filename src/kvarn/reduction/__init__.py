@@ -1,8 +1,7 @@
 """What happens to what is over budget."""
 
 from .eviction import Eviction
-from .folding import Folding, folded
-from .merging import Clustering, Discrimination, Entries, Joined, Merging, Runs
+from .merging import Clustering, Discrimination, Entries, Folding, Joined, Merging, Runs
 from .precision import Precision
 
 __all__ = [
@@ -15,5 +14,4 @@ __all__ = [
     "Merging",
     "Precision",
     "Runs",
-    "folded",
 ]
