@@ -1,5 +1,7 @@
 """PrefixKV against the paper's algorithm in plain loops (arXiv 2412.03409)."""
 
+from pydoc_data.topics import topics
+
 import pytest
 import torch
 from one_layer import GROUP, KV_HEADS, OneLayer, probabilities, random_tokens, split
@@ -152,3 +154,21 @@ def test_a_text_that_is_too_short() -> None:
 def test_bad_parameters(parameters) -> None:
     with pytest.raises(RecipeError, match="prefixkv"):
         PrefixKV(**parameters)
+
+
+def test_on_a_real_text_no_layer_loses_as_much_attention_as_with_equal_lengths(smollm2) -> None:
+    model, tokenizer = smollm2
+    search = PrefixSearch(samples=2, tokens=256, steps=20)
+    kept = search.run(model, tokenizer, topics["execmodel"], lambda done, total: None)["kept"]
+    ids = tokenizer(topics["objects"], return_tensors="pt").input_ids[:, :300]
+    curves = search.importance(model, ids).sort(dim=1, descending=True).values.cumsum(1)
+    level = torch.tensor([75 * 30])  # a quarter of the entries
+    given = Heads(torch.ones(30, dtype=torch.bool), 3, torch.tensor([300]))
+    lengths = Prefixes(kept, 0.5).entries(level, given)[:, 0, 0]
+    assert abs(int(lengths.sum()) - 75 * 30) <= 15
+    assert int(lengths.max()) > 4 * int(lengths.min())
+
+    def least(lengths) -> float:
+        return float((curves.gather(1, lengths[:, None] - 1)[:, 0] / curves[:, -1]).min())
+
+    assert least(lengths) > least(torch.full((30,), 75)) + 0.05
