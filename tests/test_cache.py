@@ -10,6 +10,7 @@ from kvarn.budgets import Cascade
 from kvarn.errors import BudgetError, CacheMismatch, PromptTooLong, Unsupported
 from kvarn.methods.duoattention import DuoAttention
 from kvarn.methods.kivi import KIVI
+from kvarn.methods.prefixkv import PrefixKV
 from kvarn.methods.razorattention import RazorAttention
 from learnt import kvquant, rotatekv
 from tiny_models import TINY, make_tiny
@@ -22,6 +23,7 @@ DUO = DuoAttention(sinks=4, recent=8).with_learnt({"gates": HEADS})
 RAZOR = RazorAttention(sinks=2, buffer=12, echo=0.125, induction=0.25, interval=4).with_learnt(
     {"echo": HEADS, "induction": 1 - HEADS}
 )
+PREFIX = PrefixKV(distance=8).with_learnt({"kept": torch.tensor([[0.0] * 4, [0.4, 0.3, 0.1, 0.2], [1.0] * 4]).double()})
 RECIPES = [
     ("full", None),
     ("window", 0.5),
@@ -61,6 +63,8 @@ RECIPES = [
     ("keyformer + kivi(bits=8, group=4, residual=16)", 0.5),
     ("cake(window=8)", 0.5),
     ("cake(window=8) + kivi(bits=8, group=16, residual=16)", 0.5),
+    (PREFIX, 0.5),
+    (PREFIX + KIVI(bits=8, group=16, residual=16), 0.5),
     (DUO, 0.5),
     (DUO + KIVI(bits=8, group=8, residual=16), 0.4),
     (RAZOR, None),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,9 +24,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import CalibrationError
 from .models import cache_folder
-
-if TYPE_CHECKING:
-    from .methods import Method
 
 _SAMPLES = 16  # numbers of each parameter that enter the fingerprint
 
@@ -44,10 +41,26 @@ class Calibration(ABC):
         """Learns from the model as it reads ``text``: named tensors on the CPU. Leaves the model as it was."""
 
 
+class Learner(Protocol):
+    """A method, as far as learning goes."""
+
+    name: ClassVar[str]
+
+    @property
+    def learnt(self) -> Mapping[str, Tensor]: ...
+
+    def with_learnt(self, tensors: Mapping[str, Tensor]) -> Self: ...
+
+    def calibration(self) -> Calibration | None: ...
+
+
+AnyLearner = TypeVar("AnyLearner", bound=Learner)
+
+
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    method: "Method",
+    method: Learner,
     text: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Path:
@@ -71,7 +84,7 @@ def calibrate(
     return path
 
 
-def require_calibration(method: "Method") -> Calibration:
+def require_calibration(method: Learner) -> Calibration:
     """The calibration of a method; raises CalibrationError where it needs none."""
     calibration = method.calibration()
     if calibration is None:
@@ -79,7 +92,7 @@ def require_calibration(method: "Method") -> Calibration:
     return calibration
 
 
-def calibrated(model: PreTrainedModel, method: "Method") -> "Method":
+def calibrated(model: PreTrainedModel, method: AnyLearner) -> AnyLearner:
     """``method`` with what it has learnt about ``model``, where it has to learn. Raises CalibrationError where it has
     not."""
     if method.calibration() is None or method.learnt:

@@ -14,7 +14,7 @@ from .attention import Paid, Part, Variant, attend, attend_observed
 from .attention.rotary import Rotary
 from .memory import Arena, Layout, Segment, Store, StoreLayout, TieredLayout, TieredStore
 from .prefill import Propagation
-from .reduction import Entries, Eviction, Folding, Merging, folded
+from .reduction import Entries, Eviction, Merging
 from .scoring import Observation, ObservingScore, PromptView
 from .selection import Chosen, Layers, Reading, Selection, Selector
 from .spec import LayerSpec
@@ -312,11 +312,9 @@ class LayerGroup:
         device = self.arena.device
         state = (self.store.lengths, self._per_head(step.after), capacity)
         columns = self.store.read_columns(heads)
+        columns["position"] = columns["position"].masked_fill(~self._within(heads), -1)
         victims = eviction.victims(columns, *(t[heads].to(device) for t in state))
-        counts = eviction.leaving(capacity[heads])
-        if isinstance(eviction, Folding):
-            self._fold_stored(eviction, heads, columns, victims, counts.to(device))
-        self.store.drop(heads, victims, counts)
+        self.store.drop(heads, victims, eviction.leaving(capacity[heads]))
 
     def _merge(self, merging: Merging, heads: Tensor, after: Tensor, leaving: Tensor) -> None:
         """Merges away ``leaving`` (int64 [R], above 0) entries of each of ``heads``, layer by layer; ``after`` (int64
@@ -371,8 +369,6 @@ class LayerGroup:
                 keep, columns, fresh = self._merged(self.eviction, heads, view, fresh, old, capacity)
             else:
                 keep = self.eviction.keep(view, capacity)
-        if isinstance(self.eviction, Folding):
-            fresh, columns["count"] = self._fold_prompt(self.eviction, heads, stored, fresh, view, keep)
         del columns["position"]
         if stored is not None:
             if columns:
@@ -380,39 +376,6 @@ class LayerGroup:
             self.store.keep(heads, keep[..., :old].flatten(0, 1))
             counts = keep[..., old:].sum(-1).cpu()
         self._append(heads, fresh, keep[..., old:], counts, {name: c[:, :, old:] for name, c in columns.items()})
-
-    def _fold_prompt(
-        self, eviction: Folding, heads: slice, stored: Part | None, fresh: Fresh, view: PromptView, keep: Tensor
-    ) -> tuple[Fresh, Tensor]:
-        """Folds what a prompt's end drops of a layer: the new tokens and the counts of all candidates as they are then;
-        what is stored is changed in place."""
-        old = 0 if stored is None else stored.keys.shape[2]
-        counts = view.columns["count"]
-        keys, values = fresh.keys, fresh.values
-        if stored is not None:
-            keys, values = (torch.cat([a, b], 2) for a, b in ((stored.keys, keys), (stored.values, values)))
-        target = eviction.target(view.positions)
-        key, value, total = folded(keys, values, counts, (view.valid & ~keep) | target)
-        here = target & (total > counts.masked_fill(~target, 0).sum(-1))[..., None]
-        counts = torch.where(here, total[..., None], counts)
-        keys, values = (torch.where(here[..., None], x[:, :, None], y) for x, y in ((key, keys), (value, values)))
-        if stored is not None and bool(here[..., :old].any()):
-            self._overwrite(heads, *(x[:, :, :old].flatten(0, 1) for x in (here, keys, values)))
-        fresh = replace(fresh, keys=keys[:, :, old:], values=values[:, :, old:])
-        return fresh, counts
-
-    def _fold_stored(
-        self, eviction: Folding, heads: Tensor, columns: dict[str, Tensor], victims: Tensor, counts: Tensor
-    ) -> None:
-        """Folds the first ``counts`` ([R]) of the ``victims`` ([R, e]) of ``heads`` into their compensation entries."""
-        going = torch.arange(victims.shape[1], device=victims.device) < counts[:, None]
-        leaving = torch.zeros_like(columns["position"], dtype=torch.bool).scatter(1, victims, going)
-        target = eviction.target(columns["position"]) & self._within(heads)
-        keys, values = self._read(heads)
-        key, value, total = folded(keys, values, columns["count"], leaving | target)
-        merged = (torch.where(target[..., None], x[:, None], y) for x, y in ((key, keys), (value, values)))
-        self._overwrite(heads, target, *merged)
-        self.store.set_columns(heads, {"count": torch.where(target, total[:, None], columns["count"])})
 
     def _merged(
         self, merging: Merging, heads: slice, view: PromptView, fresh: Fresh, old: int, capacity: Tensor

@@ -18,7 +18,7 @@ from .methods import METHODS, Method
 from .methods.base import default_of
 from .plan import Plan, Planner
 from .prefill import Propagation
-from .reduction import Eviction, Exemption, Folding, Merging, Precision
+from .reduction import Eviction, Exemption, Merging, Precision
 from .selection import Selection
 from .spec import LayerSpec, ModelSpec
 
@@ -151,7 +151,7 @@ class Recipe:
                 columns = {"position": torch.int32, **columns}
             beside = selection.beside(layer, dtype) if selection else {}
             return StoreLayout(keys, values, Columns(columns) if columns else None, page_size, beside)
-        if isinstance(eviction, Folding | Merging):
+        if isinstance(eviction, Merging):
             raise RecipeError(f"{self}: entries that stand for several cannot be kept in two precisions")
         columns |= precision.columns
         high, low = (

@@ -1,6 +1,8 @@
 """One layer's entries under a recipe, driven with random queries, keys and values, for comparison with plain loops."""
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -93,3 +95,73 @@ def probabilities(query: Tensor, keys: Tensor) -> list[float]:
     top = max(logits)
     weights = [math.exp(logit - top) for logit in logits]
     return [weight / sum(weights) for weight in weights]
+
+
+@dataclass(eq=False)
+class Entry:
+    """What a naive head holds of a token."""
+
+    position: int
+    key: Tensor
+    value: Tensor
+    mass: float = 0.0
+
+
+class NaiveHead:
+    """One KV head in plain loops: all queries of a prompt are observed, then it is reduced; then token by token.
+
+    What is observed is the mean of the head's query heads; here it is added up, as in H2O."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+
+    def observe(self, entry: Entry, paid: float, read: int, now: int) -> None:
+        """The query at ``now``, which reads ``read`` entries, pays so much to ``entry``."""
+        entry.mass += paid
+
+    def reduce(self, seen: int) -> None:
+        """Lets go of what is too much after ``seen`` tokens."""
+        raise NotImplementedError
+
+    def attend(self, queries: Tensor, now: int) -> None:
+        read = [entry for entry in self.entries if entry.position <= now]
+        keys = torch.stack([entry.key for entry in read])
+        rows = [probabilities(query, keys) for query in queries]
+        for index, entry in enumerate(read):
+            self.observe(entry, sum(row[index] for row in rows) / len(rows), len(read), now)
+
+    def run(self, queries: Tensor, keys: Tensor, values: Tensor, prompt: int) -> Iterator[None]:
+        """Yields after the prompt and after every token. ``queries`` are [GROUP, n, SIZE], the others [n, SIZE]."""
+        for position in range(prompt):
+            self.entries.append(Entry(position, keys[position], values[position]))
+        for position in range(prompt):
+            self.attend(queries[:, position], position)
+        self.reduce(prompt)
+        yield
+        for position in range(prompt, keys.shape[0]):
+            self.entries.append(Entry(position, keys[position], values[position]))
+            self.attend(queries[:, position], position)
+            self.reduce(position + 1)
+            yield
+
+
+def in_step(
+    layer: OneLayer, naive: Sequence[NaiveHead], tokens: tuple[Tensor, Tensor, Tensor], prompt: int
+) -> Iterator[None]:
+    """Drives a layer and a naive restatement of each of its KV heads; after each step they hold the same tokens."""
+    queries = tokens[0].unflatten(1, (KV_HEADS, GROUP))[0]
+    runs = [head.run(queries[h], tokens[1][0, h], tokens[2][0, h], prompt) for h, head in enumerate(naive)]
+    for taken, _ in enumerate(zip(*runs, strict=True)):
+        first = 0 if taken == 0 else prompt + taken - 1
+        (layer.prompt if taken == 0 else layer.token)(*split(tokens, first, prompt + taken))
+        assert layer.positions() == [[entry.position for entry in head.entries] for head in naive]
+        yield
+
+
+def assert_same_rows(layer: OneLayer, naive: Sequence[NaiveHead], tolerance: float = 1e-4) -> None:
+    """The layer's keys and values are those of the naive heads."""
+    for mine, side in zip(layer.keys_and_values(), ("key", "value"), strict=True):
+        for rows, positions, head in zip(mine, layer._rows("position"), naive, strict=True):
+            expected = {entry.position: getattr(entry, side) for entry in head.entries}
+            wanted = torch.stack([expected[position] for position in positions])
+            torch.testing.assert_close(rows[: len(positions)], wanted, rtol=10 * tolerance, atol=tolerance)

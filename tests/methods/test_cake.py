@@ -149,11 +149,11 @@ def test_large_taus_are_uniform_and_what_fits_is_left_alone() -> None:
 
 def test_a_layer_that_wants_more_gets_more() -> None:
     planner = Recipe.parse("cake(window=8)").planner(read("full", None).spec, 50, [200])
-    capacity = planner.divided(Preferred(torch.tensor([[1.0], [2.0], [3.0], [2.0]], dtype=torch.float64), NONE))[
-        :, 0, 0
-    ]
+    wanted = torch.tensor([[1.0], [2.0], [3.0], [2.0]], dtype=torch.float64)
+    capacity = planner.divided(Preferred(wanted, NONE))[:, 0, 0]
     assert capacity.tolist() == [25, 50, 75, 50]
-    partly = planner.divided(Preferred(torch.tensor([[1.0], [2.0], [0.0], [0.0]], dtype=torch.float64), NONE))[:, 0, 0]
+    wanted[2:] = 0  # not seen yet
+    partly = planner.divided(Preferred(wanted, NONE))[:, 0, 0]
     assert int(partly.sum()) <= 200
     assert abs(int(partly[1]) - 2 * int(partly[0])) <= 1
     assert partly[2:].tolist() == [9, 9]  # the least, until they are seen

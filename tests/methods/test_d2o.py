@@ -1,81 +1,73 @@
-"""D2O's merging against the paper's algorithm in plain loops (arXiv 2406.13035, section 3.3)."""
+"""D2O against the paper's algorithm in plain loops (arXiv 2406.13035, section 3)."""
 
 import math
+import statistics
+from dataclasses import dataclass
 
 import pytest
 import torch
-from one_layer import GROUP, KV_HEADS, OneLayer, probabilities, random_tokens, split
+from one_layer import (
+    GROUP,
+    KV_HEADS,
+    VARIANT,
+    NaiveHead,
+    OneLayer,
+    assert_same_rows,
+    in_step,
+    probabilities,
+    random_tokens,
+    split,
+)
 from real_text import divergences
 from torch.nn.functional import cosine_similarity
 
-from kvarn.errors import RecipeError
+import kvarn
+from kvarn.attention import Part
+from kvarn.budgets import Density, Uniform
+from kvarn.errors import BudgetError, RecipeError
 from kvarn.methods.d2o import D2O
+from kvarn.recipe import Recipe
+from kvarn.scoring import PromptView
+from tiny_models import make_tiny
+
+PROMPT = torch.randint(1, 160, (1, 200), generator=torch.Generator().manual_seed(1))
 
 
-class NaiveD2O:
-    """One KV head: entries as [position, key, value, mass]."""
-
+class NaiveD2O(NaiveHead):
     def __init__(self, capacity: int, sinks: int, recent: int, memory: float):
+        super().__init__()
         self.capacity, self.sinks, self.recent, self.memory = capacity, sinks, recent, memory
-        self.entries: list[list] = []
         self.threshold: float | None = None
-
-    def attend(self, queries, now: int) -> None:
-        read = [entry for entry in self.entries if entry[0] <= now]
-        keys = torch.stack([entry[1] for entry in read])
-        rows = [probabilities(query, keys) for query in queries]
-        for index, entry in enumerate(read):
-            entry[3] += sum(row[index] for row in rows) / len(rows)
 
     def reduce(self, seen: int) -> None:
         count = len(self.entries) - self.capacity
         if count <= 0:
             return
-        open_ = [e for e in self.entries if self.sinks <= e[0] < seen - self.recent]
-        gone = sorted(open_, key=lambda e: e[3])[:count]
-        kept = [e for e in self.entries if not any(e is g for g in gone)]
-        nearest = [max((float(cosine_similarity(g[1], e[1], dim=0)), e[0]) for e in kept) for g in gone]
+        open_ = [e for e in self.entries if self.sinks <= e.position < seen - self.recent]
+        gone = sorted(open_, key=lambda e: e.mass)[:count]
+        kept = [e for e in self.entries if e not in gone]
+        nearest = [max((float(cosine_similarity(g.key, e.key, dim=0)), e.position) for e in kept) for g in gone]
         mean = sum(u for u, _ in nearest) / count
         old = self.threshold
         self.threshold = mean if old is None else self.memory * old + (1 - self.memory) * mean
         for e in kept:
-            joins = [(math.exp(u), g) for (u, p), g in zip(nearest, gone, strict=True) if p == e[0]]
+            joins = [(math.exp(u), g) for (u, p), g in zip(nearest, gone, strict=True) if p == e.position]
             joins = [(w, g) for w, g in joins if math.log(w) >= self.threshold - 1e-6]
             total = math.e + sum(w for w, _ in joins)
-            e[1], e[2] = ((math.e * e[side] + sum(w * g[side] for w, g in joins)) / total for side in (1, 2))
+            e.key, e.value = (
+                (math.e * getattr(e, side) + sum(w * getattr(g, side) for w, g in joins)) / total
+                for side in ("key", "value")
+            )
         self.entries = kept
-
-    def run(self, queries, keys, values, prompt: int):
-        self.entries = [[p, keys[p], values[p], 0.0] for p in range(prompt)]
-        for position in range(prompt):
-            self.attend(queries[:, position], position)
-        self.reduce(prompt)
-        yield
-        for position in range(prompt, keys.shape[0]):
-            self.entries.append([position, keys[position], values[position], 0.0])
-            self.attend(queries[:, position], position)
-            self.reduce(position + 1)
-            yield
 
 
 @pytest.mark.parametrize("memory", [0.5, 0.9])
 def test_the_same_entries_as_the_paper(memory):
-    capacity, prompt = 12, 24
-    tokens = random_tokens(40)
+    capacity = 12
     layer = OneLayer(f"d2o(sinks=2, memory={memory})", capacity)
     naive = [NaiveD2O(capacity, 2, 6, memory) for _ in range(KV_HEADS)]
-    queries = tokens[0].unflatten(1, (KV_HEADS, GROUP))[0]
-    runs = [n.run(queries[h], tokens[1][0, h], tokens[2][0, h], prompt) for h, n in enumerate(naive)]
-    for taken, _ in enumerate(zip(*runs, strict=True)):
-        first = 0 if taken == 0 else prompt + taken - 1
-        (layer.prompt if taken == 0 else layer.token)(*split(tokens, first, prompt + taken))
-        assert layer.positions() == [[entry[0] for entry in n.entries] for n in naive]
-        keys, values = layer.keys_and_values()
-        for h, positions in enumerate(layer._rows("position")):
-            by_position = {entry[0]: entry for entry in naive[h].entries}
-            for place, position in enumerate(positions):
-                torch.testing.assert_close(keys[h, place], by_position[position][1], rtol=1e-4, atol=1e-4)
-                torch.testing.assert_close(values[h, place], by_position[position][2], rtol=1e-4, atol=1e-4)
+    for _ in in_step(layer, naive, random_tokens(40), prompt=24):
+        assert_same_rows(layer, naive)
     assert layer.by_position("threshold")[0][0] == pytest.approx(naive[0].threshold, abs=1e-4)
 
 
@@ -106,12 +98,107 @@ def test_room_for_everything_changes_nothing():
         torch.testing.assert_close(layer.token(*now), full.token(*now), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("parameters", [{"heavy": 0.0, "recent": 0.0}, {"sinks": -1}, {"memory": 1.5}, {"interval": 0}])
+def test_the_density_of_a_layer():
+    query, keys, values = random_tokens(30)
+    positions = torch.arange(30).expand(1, KV_HEADS, -1)
+    parts = (Part(keys, values, causal=True),)
+    view = PromptView(query, positions[:, 0], parts, VARIANT, positions, torch.tensor([30]), {}, lambda queries: parts)
+    variances = []
+    for head in range(KV_HEADS * GROUP):
+        mass = [0.0] * 30
+        for position in range(30):
+            row = probabilities(query[0, head, position], keys[0, head // GROUP, : position + 1])
+            mass = [x + y for x, y in zip(mass, row + [0.0] * 30, strict=False)]
+        variances.append(statistics.variance(mass))
+    least, greatest = min(variances), max(variances)
+    sparse = sum((v - least) / (greatest - least + 1e-6) for v in variances) / len(variances)
+    assert float(Density(0, 0).preference(view)) == pytest.approx(math.exp(-sparse), rel=1e-4)
+
+
+def read(method, budget, prompt=PROMPT):
+    model = make_tiny("llama")
+    cache = kvarn.Cache(model, method, budget)
+    with torch.no_grad():
+        model(prompt, past_key_values=cache)
+    return cache
+
+
+def held(cache) -> list[int]:
+    return [layer[0][0] for layer in cache.report().entries]
+
+
+def test_layers_at_both_ends_keep_everything_and_the_others_share_what_is_left():
+    cache = read("d2o(first_layers=1)", 0.8)
+    assert (held(cache)[0], held(cache)[3]) == (200, 200)
+    assert all(40 < entries < 130 for entries in held(cache)[1:3])
+    assert 0.9 * cache.plan.allowed[0] < cache.report().bytes <= cache.plan.allowed[0]
+    unasked = held(read("d2o(first_layers=1, heavy=0.2, recent=0.3)", None))
+    assert (unasked[0], unasked[3]) == (200, 200)
+    assert 196 <= sum(unasked[1:3]) <= 200  # half of the prompt on average
+    with pytest.raises(BudgetError, match=r"d2o needs at least [\d,]+ bytes"):
+        read("d2o", 0.5)
+    assert held(read("d2o", None)) == [200, 200, 40, 200]
+
+
+@dataclass(frozen=True)
+class AtOnce(D2O):
+    """D2O whose layers are told at once how much they may keep."""
+
+    name = "atonce"
+
+    def budget(self):
+        return Given(self.learnt["capacity"])
+
+
+class Given(Uniform):
+    def __init__(self, capacity):
+        self.capacity = capacity
+
+    def entries(self, level, heads):
+        return self.capacity
+
+    def unasked(self, heads):
+        return heads.lengths
+
+
+@pytest.mark.parametrize("more", ["", " + gear(group=8, block=16)", " + kivi(bits=8, group=4, residual=16)"])
+def test_layers_cut_on_the_way_hold_the_tokens_of_one_division_at_the_end(more):
+    cascaded = read("d2o(first_layers=1, last_layers=0)" + more, 0.7)
+    capacity = cascaded.plan.capacity
+    assert capacity[1:, 0, 0].unique().numel() > 1
+    at_once = AtOnce().with_learnt({"capacity": capacity})
+    at_once = read(Recipe((at_once, *Recipe.parse("d2o" + more).methods[1:])), None)
+    assert positions_of(cascaded) == positions_of(at_once)
+    assert held(cascaded)[0] == 200
+    assert cascaded.report().bytes <= cascaded.plan.allowed[0]
+
+
+def positions_of(cache) -> list[list[int]]:
+    store = cache._groups[0].store
+    rows = store.read_column(cache._groups[0].everyone, "position")
+    return [sorted(row[:n].tolist()) for row, n in zip(rows, store.lengths.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"heavy": 0.0, "recent": 0.0}, {"sinks": -1}, {"memory": 1.5}, {"interval": 0}, {"first_layers": -1}],
+)
 def test_bad_parameters(parameters):
     with pytest.raises(RecipeError, match="d2o"):
         D2O(**parameters)
 
 
-def test_on_a_real_text_it_is_closer_than_a_window(smollm2):
-    merged, window = divergences(smollm2, ["d2o", "window"], entries=80, steps=24)
-    assert merged < window
+@dataclass(frozen=True)
+class Even(D2O):
+    """D2O whose layers all have the same budget."""
+
+    name = "even"
+
+    def budget(self):
+        return Uniform()
+
+
+def test_on_a_real_text_layer_budgets_bring_it_closer(smollm2):
+    density = D2O(first_layers=0, last_layers=0)
+    dense, even = divergences(smollm2, [density, Even()], entries=120, prompt=450, steps=8)
+    assert dense < 0.8 * even

@@ -2,66 +2,35 @@
 
 import pytest
 import torch
-from one_layer import GROUP, KV_HEADS, OneLayer, probabilities, random_tokens, split
+from one_layer import KV_HEADS, NaiveHead, OneLayer, in_step, random_tokens, split
 
 from kvarn.errors import RecipeError
 from kvarn.methods.h2o import H2O
 
 
-class NaiveH2O:
-    """One KV head: entries as (position, key, accumulated mass)."""
-
+class NaiveH2O(NaiveHead):
     def __init__(self, capacity: int, recent: int):
+        super().__init__()
         self.capacity, self.recent = capacity, recent
-        self.entries: list[list] = []
 
-    def attend(self, queries, now: int) -> None:
-        """The query heads of this KV head at position ``now``: their mean mass is added to what they read."""
-        read = [entry for entry in self.entries if entry[0] <= now]
-        keys = torch.stack([entry[1] for entry in read])
-        rows = [probabilities(query, keys) for query in queries]
-        for index, entry in enumerate(read):
-            entry[2] += sum(row[index] for row in rows) / len(rows)
-
-    def prune(self, seen: int) -> None:
+    def reduce(self, seen: int) -> None:
         if len(self.entries) <= self.capacity:
             return
-        recent = [entry for entry in self.entries if entry[0] >= seen - self.recent]
-        others = [entry for entry in self.entries if entry[0] < seen - self.recent]
-        others.sort(key=lambda entry: -entry[2])
-        self.entries = sorted(others[: self.capacity - len(recent)] + recent, key=lambda entry: entry[0])
-
-    def run(self, queries, keys, prompt: int):
-        for position in range(prompt):
-            self.entries.append([position, keys[position], 0.0])
-        for position in range(prompt):
-            self.attend(queries[:, position], position)
-        self.prune(prompt)
-        yield
-        for position in range(prompt, keys.shape[0]):
-            self.entries.append([position, keys[position], 0.0])
-            self.attend(queries[:, position], position)
-            self.prune(position + 1)
-            yield
+        recent = [entry for entry in self.entries if entry.position >= seen - self.recent]
+        others = [entry for entry in self.entries if entry.position < seen - self.recent]
+        others.sort(key=lambda entry: -entry.mass)
+        self.entries = sorted(others[: self.capacity - len(recent)] + recent, key=lambda entry: entry.position)
 
 
 @pytest.mark.parametrize(("heavy", "recent"), [(0.1, 0.1), (0.2, 0.1), (0.0, 0.1), (0.1, 0.0)])
 def test_the_same_entries_and_masses_as_the_paper(heavy, recent):
-    capacity, prompt, total = 8, 20, 34
-    tokens = random_tokens(total)
+    capacity = 8
     layer = OneLayer(f"h2o(heavy={heavy}, recent={recent})", capacity)
     newest = int(capacity * recent / (heavy + recent))
     naive = [NaiveH2O(capacity, newest) for _ in range(KV_HEADS)]
-    queries = tokens[0].unflatten(1, (KV_HEADS, GROUP))[0]
-    steps = zip(*(n.run(queries[h], tokens[1][0, h], prompt) for h, n in enumerate(naive)), strict=True)
-    for taken, _ in enumerate(steps):
-        if taken == 0:
-            layer.prompt(*split(tokens, 0, prompt))
-        else:
-            layer.token(*split(tokens, prompt + taken - 1, prompt + taken))
-        assert layer.positions() == [[entry[0] for entry in n.entries] for n in naive]
-        for mass, n in zip(layer.by_position("mass"), naive, strict=True):
-            assert mass == pytest.approx({entry[0]: entry[2] for entry in n.entries}, abs=1e-5)
+    for _ in in_step(layer, naive, random_tokens(34), prompt=20):
+        for mass, head in zip(layer.by_position("mass"), naive, strict=True):
+            assert mass == pytest.approx({entry.position: entry.mass for entry in head.entries}, abs=1e-5)
 
 
 def test_mass_is_the_number_of_queries():

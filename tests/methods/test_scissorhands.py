@@ -1,61 +1,44 @@
 """Scissorhands against the paper's algorithm in plain loops (arXiv 2305.17118, algorithms 1 and 2)."""
 
+from collections import defaultdict
+
 import pytest
-import torch
-from one_layer import GROUP, KV_HEADS, OneLayer, probabilities, random_tokens, split
+from one_layer import KV_HEADS, Entry, NaiveHead, OneLayer, in_step, random_tokens, split
 from real_text import divergences
 
 from kvarn.errors import RecipeError
 from kvarn.methods.scissorhands import Scissorhands
 
 
-class NaiveScissorhands:
-    """One KV head: entries as [position, key, positions of the queries that ignored it]."""
+class NaiveScissorhands(NaiveHead):
+    def __init__(self, capacity: int, history: int, recent: int, drop: int, prompt: int):
+        super().__init__()
+        self.capacity, self.history, self.recent, self.drop, self.prompt = capacity, history, recent, drop, prompt
+        self.ignored: dict[int, set[int]] = defaultdict(set)  # by position, the queries that ignored it
 
-    def __init__(self, capacity: int, history: int, recent: int, drop: int):
-        self.capacity, self.history, self.recent, self.drop = capacity, history, recent, drop
-        self.entries: list[list] = []
+    def observe(self, entry: Entry, paid: float, read: int, now: int) -> None:
+        if now >= self.prompt - self.history and paid < 1 / read:
+            self.ignored[entry.position].add(now)
 
-    def attend(self, queries, now: int) -> None:
-        read = [entry for entry in self.entries if entry[0] <= now]
-        keys = torch.stack([entry[1] for entry in read])
-        rows = [probabilities(query, keys) for query in queries]
-        for index, entry in enumerate(read):
-            if sum(row[index] for row in rows) / len(rows) < 1 / len(read):
-                entry[2].add(now)
-
-    def compress(self, now: int, count: int) -> None:
-        old = [entry for entry in self.entries if entry[0] <= now - self.recent]
-        ignored = {entry[0]: len([q for q in entry[2] if q > now - self.history]) for entry in old}
-        gone = sorted(old, key=lambda entry: (-ignored[entry[0]], entry[0]))[:count]
-        self.entries = [entry for entry in self.entries if entry not in gone]
-
-    def run(self, queries, keys, prompt: int):
-        self.entries = [[position, keys[position], set()] for position in range(prompt)]
-        for position in range(max(0, prompt - self.history), prompt):
-            self.attend(queries[:, position], position)
-        self.compress(prompt - 1, max(0, prompt - self.capacity))
-        yield
-        for position in range(prompt, keys.shape[0]):
-            self.entries.append([position, keys[position], set()])
-            self.attend(queries[:, position], position)
-            if len(self.entries) > self.capacity:
-                self.compress(position, self.drop)
-            yield
+    def reduce(self, seen: int) -> None:
+        excess = len(self.entries) - self.capacity
+        if excess <= 0:
+            return
+        now = seen - 1
+        old = [entry.position for entry in self.entries if entry.position <= now - self.recent]
+        often = {position: len([q for q in self.ignored[position] if q > now - self.history]) for position in old}
+        gone = sorted(old, key=lambda p: (-often[p], p))[: excess if seen == self.prompt else self.drop]
+        self.entries = [entry for entry in self.entries if entry.position not in gone]
 
 
 @pytest.mark.parametrize(("history", "drop"), [(8, 0.5), (16, 0.3), (64, 0.0)])
 def test_the_same_entries_as_the_paper(history, drop):
     capacity, prompt, recent = 14, 20, 3
-    tokens = random_tokens(50)
     layer = OneLayer(f"scissorhands(history={history}, recent={recent}, drop={drop})", capacity)
-    naive = [NaiveScissorhands(capacity, history, recent, max(1, int(drop * capacity))) for _ in range(KV_HEADS)]
-    queries = tokens[0].unflatten(1, (KV_HEADS, GROUP))[0]
-    steps = zip(*(n.run(queries[h], tokens[1][0, h], prompt) for h, n in enumerate(naive)), strict=True)
-    for taken, _ in enumerate(steps):
-        first = 0 if taken == 0 else prompt + taken - 1
-        (layer.prompt if taken == 0 else layer.token)(*split(tokens, first, prompt + taken))
-        assert layer.positions() == [[entry[0] for entry in n.entries] for n in naive]
+    leaving = max(1, int(drop * capacity))
+    naive = [NaiveScissorhands(capacity, history, recent, leaving, prompt) for _ in range(KV_HEADS)]
+    for _ in in_step(layer, naive, random_tokens(50), prompt):
+        pass
 
 
 def test_equal_attention_leaves_a_window():

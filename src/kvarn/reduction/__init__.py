@@ -2,8 +2,7 @@
 
 from .eviction import Eviction
 from .exemption import Exemption, FirstTokens, MassiveTokens
-from .folding import Folding, folded
-from .merging import Clustering, Discrimination, Entries, Joined, Merging, Runs
+from .merging import Clustering, Discrimination, Entries, Folding, Joined, Merging, Runs
 from .precision import Precision
 
 __all__ = [
@@ -19,5 +18,4 @@ __all__ = [
     "Merging",
     "Precision",
     "Runs",
-    "folded",
 ]

@@ -92,7 +92,36 @@ class Merging(Eviction):
 
 
 @dataclass(frozen=True)
-class Clustering(Merging):
+class Counting(Merging):
+    """A reduction whose entries stand for as many tokens as have joined them, and count so much in means."""
+
+    @property
+    def columns(self) -> dict[str, ColumnType]:
+        return {**super().columns, "count": torch.float32}
+
+    def fresh(self, positions: Tensor) -> dict[str, Tensor]:
+        return {**super().fresh(positions), "count": torch.ones_like(positions, dtype=torch.float32)}
+
+
+@dataclass(frozen=True)
+class Folding(Counting):
+    """What a score would drop is averaged into the last of the ``sinks``: the compensation entry.
+
+    Keys are averaged as attention reads them, with RoPE at their own positions (RazorAttention, arXiv 2407.15891).
+    """
+
+    def join(self, entries: Entries) -> Joined:
+        position, count = entries.columns["position"], entries.columns["count"]
+        ranked = protected(self.score.stored(entries.columns, entries.seen), self.protects(entries))
+        rank = ranked.argsort(dim=1, stable=True).argsort(dim=1)
+        own = torch.arange(position.shape[1], device=position.device)
+        target = (position == self.sinks - 1).byte().argmax(1, keepdim=True)
+        joined = Joined(torch.where(rank < entries.leaving[:, None], target, own), count)
+        return replace(joined, columns={"count": joined.summed(count)})
+
+
+@dataclass(frozen=True)
+class Clustering(Counting):
     """In chunks of ``chunk`` consecutive entries, every second one may join its most similar among the others.
 
     Chelsea (arXiv 2506.11418): bipartite soft matching by the cosine of the keys; of all a head's matches the best are
@@ -100,13 +129,6 @@ class Clustering(Merging):
     """
 
     chunk: int = 64
-
-    @property
-    def columns(self) -> dict[str, ColumnType]:
-        return {**super().columns, "count": torch.float32}
-
-    def fresh(self, positions: Tensor) -> dict[str, Tensor]:
-        return {"count": torch.ones_like(positions, dtype=torch.float32)}
 
     def join(self, entries: Entries) -> Joined:
         position, count = entries.columns["position"], entries.columns["count"]

@@ -22,7 +22,7 @@ class Score(ABC):
 
     def stored(self, columns: Mapping[str, Tensor], seen: Tensor) -> Tensor:
         """Scores of stored entries between decoding steps, [R, n], from their columns ([R, n, …] each) and the tokens
-        that their sequences have seen ([R, 1])."""
+        that their sequences have seen ([R, 1]); positions are -1 where nothing is."""
         raise TypeError(f"{type(self).__name__} scores prompts only")
 
 
@@ -54,6 +54,27 @@ class WindowMass(Score):
         pool = max_pool1d if self.pooling == "max" else avg_pool1d
         pooled = pool(votes.flatten(0, 2)[:, None], self.kernel, stride=1, padding=self.kernel // 2)
         return pooled.view_as(votes).mean(2)
+
+
+@dataclass(frozen=True)
+class LayerMass(Score):
+    """Mass received from all queries of the prompt, averaged over all query heads: the same for every KV head.
+
+    PrefixKV (arXiv 2412.03409). In decoding the prompt's head stays: of the entries before the ``distance`` newest of a
+    head (before its newer half, where it holds fewer than twice as many) the older, the more.
+    """
+
+    distance: int
+
+    def prompt(self, view: PromptView) -> Tensor:
+        mass = concatenated(mass_received(view.query, view.parts, view.variant))
+        return mass.mean((1, 2))[:, None].expand_as(view.positions)
+
+    def stored(self, columns: Mapping[str, Tensor], seen: Tensor) -> Tensor:
+        position = columns["position"]
+        newer = position.argsort(dim=1, descending=True).argsort(dim=1)
+        near = ((position >= 0).sum(1, keepdim=True) // 2).clamp(max=self.distance)
+        return protected(-position.float(), newer < near)
 
 
 def protected(scores: Tensor, mask: Tensor) -> Tensor:
