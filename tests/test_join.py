@@ -100,6 +100,67 @@ def test_a_fork_joins_and_shared_pages_are_counted_once():
     assert pools.bytes == 0
 
 
+@pytest.mark.parametrize(
+    ("recipe", "budget"),
+    [
+        ("full", None),
+        ("h2o + mikv(low=4)", 0.4),
+        ("snapkv(window=8) + think(window=8, recent=8)", 0.5),
+        ("snapkv(window=8) + kivi(bits=4, group=16, residual=16)", 0.4),
+    ],
+)
+def test_the_host_and_back_bit_by_bit(recipe, budget):
+    model, pools = make_tiny("llama"), arena()
+    running = prefilled(model, 0, recipe, budget, pools)
+    running.join(prefilled(model, 1, recipe, budget, pools))
+    for step in STEPS[0, :8].tolist():
+        running.open()
+        decode(model, running, [step, step])
+        running.settle()
+    held = pools.bytes
+    apart = running.leave(1)
+    twin = apart.fork()
+    apart.to_host()
+    assert apart.parked_bytes > 0
+    twin.free()
+    assert pools.bytes < held
+    pools.ceiling = held - 1
+    with pytest.raises(OutOfMemory):
+        apart.to_device()
+    assert pools.bytes < held
+    pools.ceiling = None
+    apart.to_device()
+    assert pools.bytes == held
+    running.join(apart)
+    again = prefilled(model, 0, recipe, budget, pools)
+    again.join(prefilled(model, 1, recipe, budget, pools))
+    for step in STEPS[0, :8].tolist():
+        decode(model, again, [step, step])
+    for mine, others in zip(running._groups, again._groups, strict=True):
+        for ours, theirs in zip(mine.store.read(mine.everyone), others.store.read(others.everyone), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_step_that_is_opened_by_hand():
+    model, pools = make_tiny("gemma3"), arena()
+    running = prefilled(model, 0, "h2o", 40, pools)
+    running.to_host()
+    with pytest.raises(CacheMismatch, match="between two passes"):
+        running.open()
+    running.to_device()
+    running.open()
+    with pytest.raises(CacheMismatch, match="another pass"), torch.no_grad():
+        model(PROMPT[:, :3], past_key_values=running)
+    decode(model, running, [3])
+    with pytest.raises(CacheMismatch, match="settle"):
+        decode(model, running, [3])
+    alone = running.leave(0)
+    alone.settle()
+    own = prefilled(model, 0, "h2o", 40, arena())
+    decode(model, own, [3])
+    assert alone.report().entries == own.report().entries
+
+
 def test_an_empty_cache_takes_over_all():
     model, pools = make_tiny("llama"), arena()
     running, first = kvarn.Cache(model, arena=pools), prefilled(model, 0, "full", None, pools)
