@@ -37,6 +37,7 @@ RECIPES = [
     ("vidkv(group=16, residual=16)", None),
     ("gear(bits=4, group=16, block=16)", None),
     ("xquant(bits=4, group=16)", None),
+    ("xquantcl(bits=8, group=16, first=2)", None),
     (kvquant(bits=4), None),
     (kvquant(bits=2, sinks=3), None),
     (rotatekv(bits=4, group=16), None),

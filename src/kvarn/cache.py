@@ -57,7 +57,7 @@ class Cache(TransformersCache):
         check_budget(budget)
         page_size = page_size if arena is None else arena.page_size
         self.budget, self.page_size, self._shared_arena = budget, page_size, arena
-        self.spec = ModelSpec.from_config(model.config, model.dtype)
+        self.spec = self.recipe.told_apart(ModelSpec.from_config(model.config, model.dtype))
         _refuse_idle(self.recipe, self.spec)
         layouts = [self.recipe.layout(layer, self.spec.dtype, page_size) for layer in set(self.spec.layers)]
         self._rotary = Rotary(model) if any(layout.before_rope for layout in layouts) else None

@@ -5,7 +5,7 @@ Shapes: B sequences, H query heads, K KV heads, q new tokens, n entries, D head 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .attention.rotary import Rotary
 from .memory import Arena, Layout, Segment, Store, StoreLayout, TieredLayout, TieredStore
 from .prefill import Propagation
 from .reduction import Entries, Eviction, Merging
+from .rematerialization import Known
 from .scoring import Observation, ObservingScore, PromptView
 from .selection import Chosen, Layers, Reading, Selection, Selector
 from .spec import LayerSpec
@@ -27,7 +28,8 @@ class Step:
     ``positions`` (int64 [B, q], on the device) counts each sequence's real tokens from 0, -1 marks padding; ``before``
     and ``after`` (int64 [B], on the host) are the tokens of each sequence before and after the pass. ``carried`` (int64
     [B], on the host): how many of the new ones a layer is given, where not all of them. ``ends`` (bool [B, q], on the
-    device): which of them end a sentence, where the recipe asks for it.
+    device): which of them end a sentence, where the recipe asks for it. ``known``: what a layer leaves to the next one
+    of its inputs, where these are kept as differences.
     """
 
     positions: Tensor
@@ -36,6 +38,7 @@ class Step:
     padded: bool
     carried: Tensor | None = None
     ends: Tensor | None = None
+    known: Known = field(default_factory=Known)
 
     def selected(self, sequences: list[int]) -> "Step":
         """The step of some sequences."""

@@ -7,7 +7,7 @@ from .attention import Part
 from .errors import Unsupported
 from .group import Fresh, LayerGroup
 from .memory import Arena, Layout
-from .rematerialization import LayerInputs, kept
+from .rematerialization import Known, LayerDifferences, LayerInputs, kept
 from .spec import LayerSpec
 
 _CHECKED = 4  # tokens
@@ -27,6 +27,7 @@ class InputGroup(LayerGroup):
     ):
         super().__init__(numbers, kept(layer), layout, None, arena, batch)
         self.inputs, self._whole = inputs, layer
+        self._known, self._decoding = Known(), False  # of the pass under way
 
     @property
     def state_bytes(self) -> int:
@@ -39,15 +40,38 @@ class InputGroup(LayerGroup):
         heads = self.heads(number)
         if not fresh.step.padded and not bool(fresh.step.before.any()):
             self._check(heads, fresh)
+        self._known, self._decoding = fresh.step.known, False
         return super().prompt(number, fresh)
+
+    def token(self, number: int, fresh: Fresh) -> Tensor:
+        self._known, self._decoding = fresh.step.known, True
+        return super().token(number, fresh)
 
     def _rows(self, heads: slice, fresh: Fresh) -> tuple[Tensor, Tensor]:
         assert fresh.inputs is not None
-        return self._of(heads).rows(fresh.inputs)
+        inputs = self._of(heads)
+        if not isinstance(inputs, LayerDifferences):
+            return inputs.rows(fresh.inputs)
+        known, settled = self._known, self.store.keys.layout.format
+        rows = inputs.difference(fresh.inputs, known.new)
+        # The next layer differs from what will be read, though this one reads new tokens as they are.
+        known.new = inputs.added(settled.decode(settled.encode(rows)), known.new)
+        return rows, rows[..., :0]
 
     def _part(self, heads: slice, mask: Tensor | None) -> Part:
-        rows = super()._part(heads, None)
-        return Part(*self._of(heads).entries(rows.keys, rows.values), mask)
+        rows, inputs = super()._part(heads, None), self._of(heads)
+        if not isinstance(inputs, LayerDifferences):
+            return Part(*inputs.entries(rows.keys, rows.values), mask)
+        known = self._known
+        read = inputs.added(rows.keys, known.stored)
+        part = Part(*inputs.entries(read[:, None], rows.values), mask)
+        self.arena.note_peak(2 * read.nbytes + part.keys.nbytes + part.values.nbytes)
+        if self._decoding:
+            assert known.new is not None
+            newest = (self.store.lengths[heads] - 1).to(read.device)[:, None, None].expand_as(known.new)
+            read = read.scatter(1, newest, known.new)
+        known.stored = read
+        return part
 
     def _of(self, heads: slice) -> LayerInputs:
         return self.inputs[heads.start // self.stride]

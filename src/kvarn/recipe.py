@@ -134,6 +134,13 @@ class Recipe:
         """Which tokens of a prompt stay exact; None: none."""
         return next((e for m in self.methods if (e := m.exemption())), None)
 
+    def told_apart(self, spec: ModelSpec) -> ModelSpec:
+        """``spec`` with the roles that methods give its layers; from then on it stays as it is."""
+        layers = spec.layers
+        for method in self.methods:
+            layers = method.told_apart(layers)
+        return replace(spec, layers=layers)
+
     def kept(self, layer: LayerSpec) -> LayerSpec:
         """``layer`` as the store holds it."""
         if layer.window is not None:
@@ -185,6 +192,7 @@ class Recipe:
         sequences together; an int is entries a head on average; None leaves it to the method. ``empty``: nothing is
         stored before the prompt, so that what it will take is known exactly.
         """
+        spec = self.told_apart(spec)
         kept = {layer: self.kept(layer) for layer in set(spec.layers)}
         layouts = {layer: self.layout(layer, spec.dtype, page_size) for layer in kept}
         eviction = next((e for layer in spec.layers if (e := self.eviction(layer, spec.dtype))), None)

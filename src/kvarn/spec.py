@@ -12,7 +12,7 @@ from .errors import Unsupported
 @dataclass(frozen=True)
 class LayerSpec:
     """One attention layer: its heads, the sizes of a key and a value, its sliding window (None: full attention), and
-    the size of its input."""
+    the size of its input. ``role``: what a recipe tells it by from layers that are otherwise alike."""
 
     query_heads: int
     kv_heads: int
@@ -20,6 +20,7 @@ class LayerSpec:
     value_size: int
     window: int | None
     input_size: int = 0
+    role: str = ""
 
     @property
     def joint(self) -> "LayerSpec":

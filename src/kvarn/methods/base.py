@@ -53,6 +53,10 @@ class Method:
         ``keeps_inputs`` rows are the keys of all KV heads one after the other, and their values (``joint``)."""
         return None
 
+    def told_apart(self, layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
+        """The layers of a model, with a role for those that are kept in another way than others alike."""
+        return layers
+
     def channels(self, layer: LayerSpec) -> Channels | None:
         """Which channels of a layer's keys stay; None: all."""
         return None

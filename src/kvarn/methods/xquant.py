@@ -1,13 +1,11 @@
 """XQuant: the inputs of layers, quantized; keys and values are computed again when they are read."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from .. import rematerialization
 from ..errors import RecipeError
-from ..formats import Dense, Int
 from ..memory import SideLayout
 from ..spec import LayerSpec
 from .base import Method
@@ -45,13 +43,4 @@ class XQuant(Method):
         return rematerialization.kept(layer)
 
     def encoding(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout]:
-        layer = self.rows(layer)
-        second = Dense(layer.value_size, dtype)
-        if not layer.value_size:
-            return self._per_token(layer.key_size, dtype), SideLayout(second, second)
-        first = Int(self.bits, "channel", self.group, layer.key_size, dtype)
-        keys = SideLayout(first, Dense(layer.key_size, dtype), block=self.group)
-        return keys, self._per_token(layer.value_size, dtype)
-
-    def _per_token(self, size: int, dtype: torch.dtype) -> SideLayout:
-        return SideLayout(Int(self.bits, "token", math.gcd(self.group, size), size, dtype), Dense(size, dtype))
+        return rematerialization.encoded(layer, self.bits, self.group, dtype)
