@@ -83,11 +83,12 @@ def tiling(fmt: Format, block: int) -> Tiling | None:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a kernel is run: entries a block, warps, stages of loads under way."""
+    """How a kernel is run: entries a block, warps, stages of loads under way, and the most registers of a thread."""
 
     block: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def tuning(store: Store) -> Tuning:
@@ -152,6 +153,7 @@ def attend_stored(
         QUERIES=queries,
         HEIGHT=8 if queries <= 8 else 16,
         BLOCK=tuned.block,
+        STAGES=tuned.stages,
         **key_tiling.arguments("K", (store.keys.settled or store.keys.tail).pool.page_size, query.dtype),
         **value_tiling.arguments("V", (store.values.settled or store.values.tail).pool.page_size, query.dtype),
         PACKED=not exact and not _INTERPRETED,
@@ -160,7 +162,7 @@ def attend_stored(
         COUNTED=counts,
         OBSERVED=observe,
         num_warps=tuned.warps,
-        num_stages=tuned.stages,
+        maxnreg=tuned.registers,
     )
     merge_splits[(rows * queries,)](
         partial,

@@ -30,6 +30,7 @@ def attend_split(
     QUERIES: tl.constexpr,
     HEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
     K_KIND: tl.constexpr,
     K_BITS: tl.constexpr,
     K_GROUP: tl.constexpr,
@@ -86,7 +87,7 @@ def attend_split(
         if (K_KIND != 0 or part // 2 == 1) and (V_KIND != 0 or part % 2 == 1):
             top, total, sums = _attend_part(
                 query, keys, key_tail, values, value_tail, counts, logits, row, head, low, high, k_settled, v_settled,
-                longest, scaling, softcap, top, total, sums, part // 2, part % 2, QUERIES, HEIGHT, BLOCK,
+                longest, scaling, softcap, top, total, sums, part // 2, part % 2, QUERIES, HEIGHT, BLOCK, STAGES,
                 K_KIND, K_BITS, K_GROUP, K_PAGE, K_SIZE, K_TILES, K_PARTS, K_RUN, K_WIDTH, K_FINE, K_TYPE, V_KIND, V_BITS, V_GROUP, V_PAGE, V_SIZE, V_TILES, V_PARTS, V_RUN, V_WIDTH, V_FINE, V_TYPE, PACKED, PAGE, CAPPED, COUNTED, OBSERVED,
             )  # fmt: skip
 
@@ -126,7 +127,8 @@ def _attend_part(
     V_TAIL: tl.constexpr,
     QUERIES: tl.constexpr,
     HEIGHT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    MOST: tl.constexpr,
+    STAGES: tl.constexpr,
     K_KIND: tl.constexpr,
     K_BITS: tl.constexpr,
     K_GROUP: tl.constexpr,
@@ -175,8 +177,13 @@ def _attend_part(
     k_type: tl.constexpr = query.dtype.element_ty if K_TAIL else K_TYPE
     v_type: tl.constexpr = query.dtype.element_ty if V_TAIL else V_TYPE
     queries = _queries(query, row, QUERIES, HEIGHT, K_SIZE, K_TILES, K_PARTS, K_RUN, K_WIDTH, k_type)
+    # Tails are short beside what has settled: their loops should not take shared memory from the others.
+    short: tl.constexpr = (K_TAIL and K_KIND != 0) or (V_TAIL and V_KIND != 0)
+    stages: tl.constexpr = 2 if short else STAGES
+    BLOCK: tl.constexpr = MOST // 2 if short and MOST > 16 else MOST
     # Blocks lie on a grid from entry 0, so that none crosses a unit of the settled format.
-    for base in range(begin // BLOCK * BLOCK, end, BLOCK):
+    grid = begin // BLOCK * BLOCK
+    for base in tl.range(grid, tl.where(begin < end, end, grid), BLOCK, num_stages=stages):
         entries = base + tl.arange(0, BLOCK)
         key_tiles = numbers(
             k_segment, head, base - k_shift, entries - k_shift, BLOCK, 0 if K_TAIL else K_KIND, K_BITS, K_GROUP,

@@ -94,14 +94,14 @@ def numbers(
                 for part in tl.static_range(PARTS):
                     first = first_channel(run * PARTS + part, PARTS, RUN, SIZE)
                     if FINE and KIND == 1:
-                        s, m = _range(ranges, row // GROUP * SIZE + first + channel, channel < RUN)
+                        s, m = _range(ranges, row // GROUP * SIZE + first + channel, channel < RUN, PACKED)
                     elif FINE:
-                        s, m = _range(ranges, row * (SIZE // GROUP) + (first + channel) // GROUP, channel < RUN)
+                        s, m = _range(ranges, row * (SIZE // GROUP) + (first + channel) // GROUP, channel < RUN, PACKED)
                     elif KIND == 1:
                         unit = slots(segment, head, base, PAGE) // GROUP
-                        s, m = _range(ranges, unit * SIZE + first + channel, channel < RUN)
+                        s, m = _range(ranges, unit * SIZE + first + channel, channel < RUN, PACKED)
                     else:
-                        s, m = _range(ranges, slot * (SIZE // GROUP) + first // GROUP, slot >= 0)
+                        s, m = _range(ranges, slot * (SIZE // GROUP) + first // GROUP, slot >= 0, PACKED)
                         s, m = _entries(s, ACROSS), _entries(m, ACROSS)
                     scales = scales + (s,)
                     minima = minima + (m,)
@@ -135,13 +135,18 @@ def _load(at, channel, RUN: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _range(ranges, index, there):
+def _range(ranges, index, there, PACKED: tl.constexpr):
     """Scales and minima at ``index``. Those of two bytes are loaded together: loads of less than four bytes cannot be under
     way in the background."""
-    if ranges.dtype.element_ty.primitive_bitwidth == 16:
+    number = ranges.dtype.element_ty
+    if number.primitive_bitwidth == 16:
         pair = tl.load(ranges.to(tl.pointer_type(tl.uint32)) + index, mask=there, other=0)
-        scale = pair.to(tl.uint16).to(ranges.dtype.element_ty, bitcast=True)
-        minimum = (pair >> 16).to(tl.uint16).to(ranges.dtype.element_ty, bitcast=True)
+        if PACKED:
+            # Two pairs to two scales and two minima, each two in one register.
+            code: tl.constexpr = "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;"
+            return tl.inline_asm_elementwise(code, "=r,=r,r,r", [pair], (number, number), True, 2)
+        scale = pair.to(tl.uint16).to(number, bitcast=True)
+        minimum = (pair >> 16).to(tl.uint16).to(number, bitcast=True)
     else:
         scale = tl.load(ranges + 2 * index, mask=there, other=0)
         minimum = tl.load(ranges + 2 * index + 1, mask=there, other=0)
