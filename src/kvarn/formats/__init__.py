@@ -6,6 +6,7 @@ from .columns import Columns, ColumnType
 from .corrected import Corrected
 from .dense import Dense
 from .exempt import Exempt
+from .float8 import Float8
 from .integer import Int
 from .narrow import Channels, Narrow
 from .nonuniform import NonUniform, exact_numbers
@@ -22,6 +23,7 @@ __all__ = [
     "Corrected",
     "Dense",
     "Exempt",
+    "Float8",
     "Format",
     "Int",
     "Narrow",

@@ -17,8 +17,9 @@ class Int(Format):
 
     ``axis="token"``: the numbers of one token in ``group`` consecutive channels share a scale (unit: one token).
     ``axis="channel"``: one channel of ``group`` consecutive tokens shares a scale (unit: ``group`` tokens).
-    Scales and minima are kept in the model's dtype, codes packed along the channels. The largest and the smallest of
-    the numbers that share a scale are multiplied by ``clip`` first; what lies beyond then is read as they are.
+    Scales and minima are kept in the model's dtype, side by side (``range``), so that a kernel loads both at once; codes
+    are packed along the channels. The largest and the smallest of the numbers that share a scale are multiplied by
+    ``clip`` first; what lies beyond then is read as they are.
     """
 
     def __init__(self, bits: int, axis: Axis, group: int, size: int, dtype: torch.dtype, clip: float = 1.0):
@@ -33,18 +34,15 @@ class Int(Format):
             self.unit = self.group = group
             self.layout = {
                 "codes": ((group, packed), torch.uint8),
-                "scale": ((size,), dtype),
-                "minimum": ((size,), dtype),
+                "range": ((size, 2), dtype),
             }
         else:
             self.group = min(group, size)
             if size % self.group:
                 raise RecipeError(f"group={group} does not divide the head size {size}: use a divisor of it")
-            scales = (size // self.group,)
             self.layout = {
                 "codes": ((packed,), torch.uint8),
-                "scale": (scales, dtype),
-                "minimum": (scales, dtype),
+                "range": ((size // self.group, 2), dtype),
             }
 
     def encode(self, x: Tensor) -> Rows:
@@ -57,13 +55,14 @@ class Int(Format):
         step = scale.float().unsqueeze(dim)
         offset = groups - minimum.float().unsqueeze(dim)
         codes = torch.where(step > 0, offset / step, 0).round_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
-        return {"codes": pack(self._ungrouped(codes), self.bits), "scale": scale, "minimum": minimum}
+        return {"codes": pack(self._ungrouped(codes), self.bits), "range": torch.stack([scale, minimum], -1)}
 
     def decode(self, rows: Rows) -> Tensor:
         dim = self._group_dim
         # fp32, so that the product and the sum are rounded to the model's dtype once.
         x = self._regrouped(unpack(rows["codes"], self.bits)).float()
-        x = x.mul_(rows["scale"].unsqueeze(dim)).add_(rows["minimum"].unsqueeze(dim)).to(self.dtype)
+        scale, minimum = (numbers.unsqueeze(dim) for numbers in rows["range"].unbind(-1))
+        x = x.mul_(scale).add_(minimum).to(self.dtype)
         return x.flatten(-3, -2) if self.axis == "channel" else x.flatten(-2)
 
     @property

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import CacheMismatch
 from ..formats import Format, Rows
+from .mirror import Mirror
 from .pool import Pool
 
 TABLE_ENTRY = 4  # bytes of one page id in a page table
@@ -51,6 +52,7 @@ class Segment:
             self._row_shared = each.expand(-1, heads // each.numel(), -1).flatten().to(pool.arena.device)
         self._device_pages: dict[tuple[int, int, int], Tensor] = {}
         self._span: tuple[int, int] | None = None  # start and length, where known to be the same for all heads
+        self._mirror: Mirror | None = None  # where a kernel has asked for it
 
     @property
     def page_bytes(self) -> int:
@@ -67,6 +69,13 @@ class Segment:
     def reserved_bookkeeping_bytes(self) -> int:
         """Bytes of starts, lengths, states and the page table, which is as wide as its longest head."""
         return self.table.numel() * TABLE_ENTRY + self._head_bytes
+
+    def mirror(self) -> Mirror:
+        """Table, starts and lengths on the device, up to date. The first call makes them."""
+        if self._mirror is None:
+            self._mirror = Mirror(self.pool.device, self.lengths.numel())
+        self._mirror.update(self.table, self.starts, self.lengths)
+        return self._mirror
 
     # -- growing ------------------------------------------------------------------------------------------------
 
@@ -103,8 +112,7 @@ class Segment:
         self._widen(int((held + needed).max()))
         row = torch.repeat_interleave(torch.arange(ids.numel()), needed)
         place = torch.arange(total) - torch.repeat_interleave(needed.cumsum(0) - needed, needed)
-        self.table[ids[row], held[row] + place] = pages[:total]
-        self._device_pages.clear()
+        self._set_pages(ids[row], held[row] + place, pages[:total])
 
     def write(self, heads: slice | Tensor, first: Tensor, rows: Rows, counts: Tensor) -> None:
         """Writes units: ``rows`` are tensors of [R, units, *shape], ``first`` and ``counts`` int64 [R] in tokens."""
@@ -302,8 +310,8 @@ class Segment:
         table = self.table[ids]
         self.pool.release(table[columns < gone[:, None]])
         source = (columns + gone[:, None]).clamp(max=self.table.shape[1] - 1)
-        self.table[ids] = table.gather(1, source)
-        self._device_pages.clear()
+        row, column = torch.nonzero((columns < (held - gone)[:, None]) & (gone > 0)[:, None], as_tuple=True)
+        self._set_pages(ids[row], column, table.gather(1, source)[row, column])
 
     def overwrite(self, heads: slice | Tensor, x: Tensor, touched: Tensor) -> None:
         """Encodes anew, from ``x`` ([R, longest, size]), units with a ``touched`` token (bool [R, longest])."""
@@ -339,14 +347,14 @@ class Segment:
         ids, others = self._ids(heads), source._ids(source_heads)
         width = source.table.shape[1]
         self._widen(width)
-        self.table[ids, :width] = source.table[others]
         self.starts[ids] = source.starts[others]
         self._resize(ids, source.lengths[others])
-        held = self._held(ids)
-        self.pool.share(self.table[ids][torch.arange(self.table.shape[1]) < held[:, None]])
+        row, column = torch.nonzero(torch.arange(width) < self._held(ids)[:, None], as_tuple=True)
+        pages = source.table[others[row], column]
+        self._set_pages(ids[row], column, pages)
+        self.pool.share(pages)
         for name, state in self.state.items():
             state[ids] = source.state[name][others]
-        self._device_pages.clear()
 
     def adopt(self, heads: slice | Tensor, source: "Segment", source_heads: slice | Tensor) -> None:
         """Moves the tokens of ``source_heads``, which are empty afterwards, to empty ``heads``; ``source`` may be this
@@ -356,16 +364,16 @@ class Segment:
         ids, others = self._ids(heads), source._ids(source_heads)
         if not ids.numel():
             return
-        width = int(source._held(others).max())
-        self._widen(width)
-        self.table[ids, :width] = source.table[others, :width]
+        held = source._held(others)
+        self._widen(int(held.max()))
+        row, column = torch.nonzero(torch.arange(int(held.max())) < held[:, None], as_tuple=True)
+        self._set_pages(ids[row], column, source.table[others[row], column])
         self.starts[ids] = source.starts[others]
         self._resize(ids, source.lengths[others])
         for name, state in self.state.items():
             state[ids] = source.state[name][others]
         source.starts[others] = 0
         source._resize(others, torch.zeros_like(others))
-        self._device_pages.clear()
         source._device_pages.clear()
 
     def park(self) -> Parked:
@@ -379,14 +387,14 @@ class Segment:
 
     def unpark(self, parked: Parked) -> None:
         """Puts back, bit by bit, what ``park`` took from these heads."""
-        self.starts, self.lengths, self._span = parked.starts, parked.lengths, None
+        self.starts = parked.starts
+        self._resize(slice(None), parked.lengths)
         held = torch.arange(self.table.shape[1]) < self._held(slice(None))[:, None]
         pages = self.pool.allocate(parked.pages)
-        self.table[held] = pages
+        self._set_pages(*torch.nonzero(held, as_tuple=True), pages)
         units = (pages.long()[:, None] * self.pool.units + torch.arange(self.pool.units)).flatten()
         for name, rows in parked.rows.items():
             self.pool.write(name, units.to(self.pool.device), rows.flatten(0, 1).to(self.pool.arena.device))
-        self._device_pages.clear()
 
     def free(self, heads: slice | Tensor) -> None:
         """Gives every page of these heads back."""
@@ -416,6 +424,15 @@ class Segment:
     def _resize(self, heads: slice | Tensor, lengths: Tensor) -> None:
         self.lengths[heads] = lengths
         self._span = None
+        if self._mirror:
+            self._mirror.note_spans()
+
+    def _set_pages(self, ids: Tensor, columns: Tensor, pages: Tensor) -> None:
+        """Puts ``pages`` at (ids, columns) of the table, int64 [n] each."""
+        self.table[ids, columns] = pages
+        self._device_pages.clear()
+        if self._mirror:
+            self._mirror.note_pages(ids, columns)
 
     def _reach(self, heads: slice | Tensor) -> int:
         """Tokens from the first slot of the first page to the last token, for the head that reaches furthest."""
@@ -500,9 +517,8 @@ class Segment:
             return
         old = self.table[ids, columns]
         self.pool.copy_pages(old, pages)
-        self.table[ids, columns] = pages
+        self._set_pages(ids, columns, pages)
         self.pool.release(old)
-        self._device_pages.clear()
 
 
 def pick(rows: Tensor, index: Tensor) -> Tensor:

@@ -1,0 +1,215 @@
+"""Decode attention over the entries of a layer as they lie in their pages, without decoding or joining them."""
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from math import gcd
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton import next_power_of_2
+
+from ...formats import Dense, Float8, Format, Int
+from ...memory import Segment, Side, Store
+from ..reference import Paid, Variant
+from .split import attend_split, merge_splits
+from .tiles import CHANNEL, DENSE, FLOAT8, TOKEN
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_MOST_QUERIES = 16  # rows of a tensor-core tile
+_ITEMS = 8  # splits for each processor of the device, where there is enough to do
+_CHUNKS = (256, 2048)  # entries of a split
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the vectors of a format are cut into tiles (see ``tiles``)."""
+
+    kind: int
+    bits: int
+    group: int
+    size: int
+    parts: int
+    run: int
+    fine: bool
+
+    @property
+    def tiles(self) -> int:
+        return self.size // self.run
+
+    def arguments(self, side: str, page: int, dtype: torch.dtype) -> dict[str, Any]:
+        """Constants of the kernels, named for a side; ``dtype``: the model's."""
+        if dtype == torch.float32:
+            number = tl.float32
+        elif dtype == torch.bfloat16 and self.bits < 8:
+            number = tl.bfloat16
+        else:
+            number = tl.float16  # has all bytes, as bf16 has not
+        constants = {
+            "KIND": self.kind,
+            "BITS": self.bits,
+            "GROUP": self.group,
+            "PAGE": page,
+            "SIZE": self.size,
+            "TILES": self.tiles,
+            "PARTS": self.parts,
+            "RUN": self.run,
+            "WIDTH": max(16, next_power_of_2(self.run)),
+            "FINE": self.fine,
+            "TYPE": number,
+        }
+        return {f"{side}_{name}": constant for name, constant in constants.items()}
+
+
+def tiling(fmt: Format, block: int) -> Tiling | None:
+    """How the kernels read ``fmt`` in blocks of so many entries; None: they do not."""
+    if type(fmt) is Dense:
+        ((size,), _) = fmt.layout["x"]
+        return Tiling(DENSE.value, 16, size, size, 1, size, False)
+    if type(fmt) is Int:
+        parts = 1 if fmt.bits == 3 else 8 // fmt.bits
+        whole = fmt.size // parts
+        if fmt.axis == "channel":
+            return Tiling(CHANNEL.value, fmt.bits, fmt.group, fmt.size, parts, whole, bool(fmt.group % block))
+        run = gcd(whole, fmt.group)
+        fine = run < 16
+        return Tiling(TOKEN.value, fmt.bits, fmt.group, fmt.size, parts, whole if fine else run, fine)
+    if type(fmt) is Float8:
+        return Tiling(FLOAT8.value, 8, fmt.size, fmt.size, 1, fmt.size, False)
+    return None
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a kernel is run: entries a block, warps, stages of loads under way, and the most registers of a thread."""
+
+    block: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+def tuning(store: Store) -> Tuning:
+    if store.keys.settled is None and store.values.settled is None:
+        return Tuning(64, 2, 4)
+    return Tuning(32, 1, 4)
+
+
+def attend_stored(
+    query: Tensor,
+    store: Store,
+    heads: slice,
+    variant: Variant,
+    counts: bool = False,
+    observe: bool = False,
+    tuned: Tuning | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Paid | None] | None:
+    """Attention of one token's queries ([B, H, 1, D]) over all entries of ``heads``, a layer's: [B, H, 1, D], and with
+    ``observe`` what was paid to each entry. ``counts``: entries weigh as their column ``count`` says.
+
+    None where the kernels do not read the store's formats.
+    """
+    tuned = tuned or tuning(store)
+    tilings = [tiling((side.settled or side.tail).format, tuned.block) for side in (store.keys, store.values)]
+    rows = heads.stop - heads.start
+    queries = query.shape[0] * query.shape[1] // rows
+    if None in tilings or queries > _MOST_QUERIES:
+        return None
+    key_tiling, value_tiling = tilings
+    assert key_tiling is not None
+    assert value_tiling is not None
+    longest = sum(segment.mirror().table.shape[1] * segment.pool.page_size for segment in store.keys.segments)
+    chunk = chunk or _chunk(rows * longest, query.device)
+    splits = -(-longest // chunk)
+    exact = query.dtype == torch.float32
+    partial = query.new_empty((rows, splits, queries, value_tiling.size), dtype=torch.float32)
+    extent = query.new_empty((rows, splits, queries, 2), dtype=torch.float32)
+    entries = int(store.lengths[heads].max()) if observe else 0
+    logits = query.new_full((rows, queries, entries), -torch.inf, dtype=torch.float32) if observe else extent
+    sums = query.new_empty((rows * queries,), dtype=torch.float32) if observe else extent
+    out = query.new_empty((*query.shape[:3], value_tiling.size))
+    keys, key_tail = _segments(store.keys)
+    values, value_tail = _segments(store.values)
+    assert store.columns is not None or not counts
+    columns = _arguments(store.columns, "count") if counts and store.columns else key_tail
+    attend_split[(splits, rows)](
+        query.contiguous(),
+        keys,
+        key_tail,
+        values,
+        value_tail,
+        columns,
+        partial,
+        extent,
+        logits,
+        heads.start,
+        chunk,
+        entries,
+        variant.scaling,
+        variant.softcap or 1.0,
+        QUERIES=queries,
+        HEIGHT=8 if queries <= 8 else 16,
+        BLOCK=tuned.block,
+        STAGES=tuned.stages,
+        **key_tiling.arguments("K", (store.keys.settled or store.keys.tail).pool.page_size, query.dtype),
+        **value_tiling.arguments("V", (store.values.settled or store.values.tail).pool.page_size, query.dtype),
+        PACKED=not exact and not _INTERPRETED,
+        PAGE=store.arena.page_size,
+        CAPPED=variant.softcap is not None,
+        COUNTED=counts,
+        OBSERVED=observe,
+        num_warps=tuned.warps,
+        maxnreg=tuned.registers,
+    )
+    merge_splits[(rows * queries,)](
+        partial,
+        extent,
+        extent if variant.sinks is None else variant.sinks,
+        key_tail,
+        keys,
+        out,
+        sums,
+        heads.start,
+        chunk,
+        splits,
+        query.shape[1],
+        QUERIES=queries,
+        SETTLED=store.keys.settled is not None,
+        V_SIZE=value_tiling.size,
+        V_WIDTH=next_power_of_2(value_tiling.size),
+        BLOCK=16,
+        SINKS=variant.sinks is not None,
+        OBSERVED=observe,
+        num_warps=4,
+    )
+    if not observe:
+        return out, None
+    weights = logits.sub_(sums.view(rows, queries, 1)).exp2_()
+    weights = weights.view(query.shape[0], -1, queries, 1, entries)
+    return out, Paid([weights], [torch.ones_like(weights[..., :1])], [entries])
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _chunk(entries: int, device: torch.device) -> int:
+    """Entries of a split, where there are at most so many in all."""
+    least, most = _CHUNKS
+    return min(max(next_power_of_2(entries // (_ITEMS * _processors(device)) + 1), least), most)
+
+
+def _segments(side: Side) -> tuple[tuple, tuple]:
+    """The settled segment (the tail, where there is none) and the tail, as kernels take them."""
+    tail = _arguments(side.tail)
+    return (_arguments(side.settled) if side.settled else tail), tail
+
+
+def _arguments(segment: Segment, column: str | None = None) -> tuple:
+    tensors, mirror = segment.pool.tensors, segment.mirror()
+    x = tensors[column or ("codes" if "codes" in tensors else "x")]
+    return x, tensors.get("range", tensors.get("scale", x)), mirror.table, mirror.spans, mirror.table.stride(0)
