@@ -205,6 +205,17 @@ def test_bytes_are_those_of_the_paper():
     assert own.data_ptr() == other.data_ptr()
 
 
+def test_caches_share_pages_only_where_levels_are_the_same():
+    layer = ModelSpec.from_config(make_tiny("llama").config, torch.float32).layers[0]
+    other = KVQuant().with_learnt({name: x + 0.1 for name, x in kvquant().learnt.items()})
+    one, same, different = (
+        {side.format.key for side in method.encoding(layer, torch.float32)} for method in (kvquant(), kvquant(), other)
+    )
+    assert len(one) == 2
+    assert one == same
+    assert not one & different
+
+
 def test_models_through_which_no_gradients_are_taken():
     model = make_tiny("gpt_oss")
     with pytest.raises(Unsupported, match="gpt_oss soft-caps logits or has sinks"):

@@ -183,7 +183,7 @@ def test_bad_parameters(parameters):
 def test_what_a_recipe_cannot_be():
     with pytest.raises(RecipeError, match="which entries a query reads"):
         kvarn.Recipe.parse("tokenselect + tokenselect(count=3)")
-    with pytest.raises(RecipeError, match="computes all of them anew"):
+    with pytest.raises(RecipeError, match="reads the heads of a layer together"):
         kvarn.Recipe.parse("tokenselect + xquant")
 
 

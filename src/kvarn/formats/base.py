@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from hashlib import sha256
 from types import MappingProxyType
 
 import torch
@@ -73,8 +74,12 @@ class Format(ABC):
     @property
     def key(self) -> tuple:
         """Formats with equal keys can share a pool."""
-        shared = tuple(sorted((name, id(tensor)) for name, tensor in self.shared.items()))
+        shared = tuple(sorted((name, _digest(tensor)) for name, tensor in self.shared.items()))
         return (self.name, self.unit, tuple(sorted((k, s, str(d)) for k, (s, d) in self.layout.items())), shared)
+
+
+def _digest(tensor: Tensor) -> str:
+    return sha256(tensor.cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
 
 
 def _bytes(layout: Layout) -> int:
