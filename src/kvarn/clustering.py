@@ -17,8 +17,8 @@ class Clusters:
 
 
 def kmeans(points: Tensor, count: int, tries: int = 10, seed: int = 42, steps: int = 300) -> Clusters:
-    """The best of ``tries`` clusterings of ``points`` ([n, d]) into ``count`` clusters, or as many as there are distinct
-    points. Seeds are drawn in proportion to squared distances (k-means++); Lloyd's steps until nothing moves."""
+    """The best of ``tries`` clusterings of ``points`` ([n, d]) into ``count`` clusters, or as many as there are points
+    that differ. Seeds are drawn in proportion to squared distances (k-means++); Lloyd's steps until nothing moves."""
     points = points.float().cpu()
     count = min(count, points.unique(dim=0).shape[0])
     generator = torch.Generator().manual_seed(seed)
