@@ -31,7 +31,9 @@ def read(layer: OneLayer, tokens, first: int, last: int, text) -> torch.Tensor:
     block = split(tokens, first, last)
     fresh = [torch.cat(pair, 2) for pair in zip(block, text, strict=True)]
     following = torch.arange(last, last + text[0].shape[2])[None]
-    step = Step(torch.arange(first, last)[None], torch.tensor([first]), torch.tensor([last]), False, None, following)
+    step = Step(
+        torch.arange(first, last)[None], torch.tensor([first]), torch.tensor([last]), False, following=following
+    )
     return layer.group.prompt(0, Fresh(*fresh, step, VARIANT))[:, :, : last - first]
 
 
