@@ -2,10 +2,11 @@
 
 from .cache import Cache
 from .engine import Engine, Sampling
+from .episodes import Episodes
 from .methods import METHODS, Method
 from .models import load
 from .plan import Plan
 from .recipe import Recipe
 from .report import Report
 
-__all__ = ["METHODS", "Cache", "Engine", "Method", "Plan", "Recipe", "Report", "Sampling", "load"]
+__all__ = ["METHODS", "Cache", "Engine", "Episodes", "Method", "Plan", "Recipe", "Report", "Sampling", "load"]

@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 from .attention.interface import NAME, Mask, Pending
 from .attention.reference import Variant
 from .attention.rotary import Rotary
-from .budgets import Budget, Cascade, check_budget
-from .errors import CacheMismatch, PromptTooLong, Unsupported
+from .budgets import UNBOUNDED, Budget, Cascade, check_budget
+from .errors import CacheMismatch, PromptTooLong, RecipeError, Unsupported
 from .group import Fresh, LayerGroup, Step
 from .input_group import InputGroup
 from .joint_group import JointGroup, hand_over_inputs
 from .memory import Arena, Parked, TieredLayout, by_pool
 from .methods import Method
-from .plan import Plan
-from .prefill import Carried
+from .plan import Plan, Planner
+from .prefill import Carried, Reader, read_in_blocks
 from .recipe import Recipe
 from .rematerialization import inputs_of
 from .report import Report
@@ -29,14 +29,17 @@ from .spec import LayerSpec, ModelSpec
 from .tiered_group import TieredGroup
 
 
-class Cache(TransformersCache):
+class Cache(TransformersCache, Reader):
     """A KV cache that keeps what a recipe keeps, in the formats it chooses, within a budget.
 
     ``model``: a transformers decoder; its attention implementation is set to "kvarn" (other caches keep working).
     ``recipe``: as in ``Recipe.parse``. ``budget``: a float is a share of the bytes that a dense cache of the same
     tokens would take, a string ("64MiB") bytes for the whole batch, an int entries a head; None: the recipe's own
     default. ``page_size``: entries in a page. ``arena``: pools to share with other caches, their page size and their
-    ceiling in bytes with them; None: pools of its own, without a ceiling.
+    ceiling in bytes with them; None: pools of its own, without a ceiling. ``block``: tokens of a prompt that are read,
+    and compressed, at once, so that what is held is never more than the budget and one layer of a block; a pass then
+    gives logits for its last block. None: as the recipe says. ``text``: token ids (int64 [n]) of a text that scores
+    prompts, for recipes that want one (``epicache``); None: the last tokens of what was read.
 
     Prompts (passes of several tokens) are attended to exactly and compressed layer by layer; passes of one token are
     decoding steps. Nothing here carries gradients. Raises RecipeError, BudgetError or Unsupported here or, where the
@@ -51,6 +54,8 @@ class Cache(TransformersCache):
         *,
         page_size: int = 16,
         arena: Arena | None = None,
+        block: int | None = None,
+        text: Tensor | None = None,
     ):
         super().__init__(layers=[])
         self.recipe = Recipe.parse(recipe).calibrated(model)
@@ -63,6 +68,11 @@ class Cache(TransformersCache):
         self._rotary = Rotary(model) if any(layout.before_rope for layout in layouts) else None
         self._propagation = self.recipe.propagation
         self._later_layers = self._propagation.later_layers(model, self.spec) if self._propagation else []
+        self.block = self.recipe.block if block is None else block
+        self.tail, self.text = self.recipe.tail, text
+        _check_reading(self.recipe, self.block, text)
+        if self.block is not None or self.tail is not None:
+            read_in_blocks(model)
         self._layer_inputs = inputs_of(model, self.spec) if self.recipe.rematerializes else []
         self._exemption = self.recipe.exemption
         if self._exemption and self._exemption.reads_inputs:
@@ -77,6 +87,7 @@ class Cache(TransformersCache):
         self._parked: list[list[Parked]] | None  # what is in the host's memory, of each group
         self._seen: Tensor  # int64 [B] on the host: real tokens of each sequence
         self._passed: Tensor  # the same with padding
+        self._expected: Tensor  # int64 [] or [B] on the host: real tokens at the end of the prompt that was announced
         self._input: Tensor | None  # of the layer that comes next
         self._forget()
 
@@ -213,13 +224,19 @@ class Cache(TransformersCache):
         twin._forget()
         return twin
 
-    def fork(self) -> "Cache":
+    def fork(self, bounded: bool = True) -> "Cache":
         """A second cache with the same contents by reference: whoever writes first copies the page it writes.
 
-        Both draw on the same pools, so the peak that either reports is the peak of both together."""
+        ``bounded=False``: the budget binds the fork no longer; it keeps all that comes to it beside what is there. Both
+        draw on the same pools, so the peak that either reports is the peak of both together."""
         twin = self._twin()
         twin._adopt([group.selected(torch.arange(group.batch)) for group in self._groups])
         twin._seen = self._seen.clone()
+        if not bounded and twin._groups:
+            twin._bounded = False
+            twin.plan = twin._resolve(twin._seen)
+            for group in twin._groups:
+                group.capacity = twin.plan.capacity[group.numbers]
         return twin
 
     def open(self) -> None:
@@ -229,7 +246,7 @@ class Cache(TransformersCache):
         if not self._groups or self._opened or self._closing or self._step or self._parked:
             raise CacheMismatch("a step can be opened in a cache that holds something, between two passes")
         device = self._groups[0].arena.device
-        step = _step(self._seen, self._seen.numel(), 1, None, device)
+        step = _step(self._seen, 1, None, device)
         self._begin_token(step)
         self._opened = step
 
@@ -266,11 +283,38 @@ class Cache(TransformersCache):
         needed = by_pool([n for store, parked in stores for n in store.pages_to_unpark(parked)])
         return sum(count * pool.page_bytes for pool, count in needed.items() if pool.tier == "device")
 
-    def expect(self, tokens: int) -> None:
-        """The passes up to ``tokens`` tokens a sequence are chunks of one prompt, planned from the first on by its end.
+    def expect(self, tokens: int | Tensor) -> None:
+        """The passes up to ``tokens`` tokens a sequence (int64 [B] on the host where they differ) are chunks of one
+        prompt, planned from the first on by its end.
 
-        Without it each chunk is planned as a prompt that ends there."""
-        self._expected = tokens
+        Without it each chunk is planned as a prompt that ends there, and one of a single token is a decoding step.
+        Prompts that the cache itself reads in blocks need no such word."""
+        self._expected = torch.as_tensor(tokens)
+
+    @property
+    def expecting(self) -> bool:
+        """Whether more of a prompt that was announced will come."""
+        return bool((self._before(1) < self._expected).any())
+
+    def require_room(self, tokens: int) -> None:
+        """Raises PromptTooLong where the model has no positions for so many tokens more."""
+        limit = self.spec.max_positions
+        if limit is not None and self._logical + tokens > limit and not self.recipe.extends(self.spec):
+            raise PromptTooLong(
+                f"{self._logical + tokens} tokens, and the model has positions for {limit}: shorten the prompt"
+            )
+
+    def overflows(self, counts: Tensor) -> bool:
+        """Whether entries have to leave when so many tokens come (int64 [B], host)."""
+        evictions = (self.recipe.eviction(layer, self.spec.dtype) for layer in self.spec.layers)
+        eviction = next((e for e in evictions if e), None)
+        if eviction is None:
+            return False
+        capacity = self._resolve(self._before(len(counts)) + counts).capacity
+        held = torch.zeros_like(capacity)
+        for group in self._groups:
+            held[group.numbers] = group.entries()
+        return not eviction.fits(held + counts[:, None], capacity)
 
     def join(self, other: "Cache") -> None:
         """Appends the sequences of ``other``, a cache of the same model, recipe and arena, which is empty afterwards.
@@ -336,10 +380,12 @@ class Cache(TransformersCache):
         self._passed = torch.zeros(0, dtype=torch.int64)
         self._step = self._opened = self._closing = self._parked = None
         self._carried: Carried | None = None
+        self.following = None
+        self._bounded = True  # whether the budget binds
         self._input = None
         self._decoding = False
         self._next_layer = 0
-        self._expected = 0
+        self._expected = torch.tensor(0)
 
     def _adopt(self, groups: list[LayerGroup]) -> None:
         self._groups = groups
@@ -349,24 +395,20 @@ class Cache(TransformersCache):
         """Before the first layer: the plan, the room, and every error that can be foreseen."""
         if self._step is not None:
             raise CacheMismatch("the last pass was interrupted before its last layer; call reset() and start again")
-        batch, tokens = keys.shape[0], keys.shape[2]
+        following = self.following
+        batch, tokens = keys.shape[0], keys.shape[2] - (0 if following is None else following.shape[1])
         if self._groups and batch != self.batch_size:
             raise CacheMismatch(f"the cache holds {self.batch_size} sequences, and a batch of {batch} came")
-        limit = self.spec.max_positions
-        longer = limit is not None and self._logical + tokens > limit
-        if tokens > 1 and longer and not self.recipe.extends(self.spec):
-            raise PromptTooLong(
-                f"{self._logical + tokens} tokens, and the model has positions for {limit}: shorten the prompt"
-            )
+        if tokens > 1:
+            self.require_room(tokens)
         if self._closing is not None:
             raise CacheMismatch("the last step was opened by hand: call settle() before the next pass")
-        before = self._seen if self._groups else torch.zeros(batch, dtype=torch.int64)
-        step = self._opened or _step(before, batch, tokens, mask.valid, keys.device)
-        whole = bool((before >= self._expected).all())
-        decoding = bool(self._groups) and tokens == 1 and not step.padded and whole
+        before = self._before(batch)
+        step = self._opened or _step(before, tokens, mask.valid, keys.device, following)
+        decoding = bool(self._groups) and tokens == 1 and not step.padded and not self.expecting
         if self._opened and not decoding:
             raise CacheMismatch("room was made for a decoding step, and another pass came")
-        plan = self.plan if decoding else self._resolve(step)
+        plan = self.plan if decoding else self._resolve(step.after)
         if not self._groups:
             self._adopt(self._new_groups(batch, keys.device))
         if decoding:
@@ -392,7 +434,7 @@ class Cache(TransformersCache):
         if not isinstance(policy, Cascade) or bool((plan.capacity >= step.after[:, None]).all()):
             return
         # Cutting a layer breaks the blocks of formats, so what they take is not known exactly.
-        planner = self.recipe.planner(self.spec, self.budget, self._ends(step), self.page_size, empty=False)
+        planner = self._planner(step.after, empty=False)
         preferences = torch.zeros(plan.capacity.shape[:2], dtype=torch.float64)
 
         def divide(number: int, view: PromptView) -> None:
@@ -405,14 +447,20 @@ class Cache(TransformersCache):
         for group in self._groups:
             group.divide = divide
 
-    def _resolve(self, step: Step) -> Plan:
-        lengths = self._ends(step)
-        empty = not self._groups and lengths == step.after.tolist()
-        return self.recipe.resolve(self.spec, self.budget, lengths, self.page_size, empty=empty)
+    def _before(self, batch: int) -> Tensor:
+        """Real tokens of each of ``batch`` sequences so far, int64 [B]."""
+        return self._seen if self._groups else torch.zeros(batch, dtype=torch.int64)
 
-    def _ends(self, step: Step) -> list[int]:
-        """Tokens of each sequence at the end of its prompt."""
-        return step.after.clamp(min=self._expected).tolist()
+    def _resolve(self, after: Tensor) -> Plan:
+        """The plan of a pass after which sequences have ``after`` (int64 [B]) tokens."""
+        planner = self._planner(after, empty=not self._groups and bool((after >= self._expected).all()))
+        if self._bounded:
+            return planner.plan()
+        return planner.planned(torch.full((len(self.spec.layers), len(after), planner.heads.kv_heads), UNBOUNDED))
+
+    def _planner(self, after: Tensor, empty: bool) -> Planner:
+        ends = after.maximum(self._expected)  # of each sequence's prompt
+        return self.recipe.planner(self.spec, self.budget, ends.tolist(), self.page_size, empty=empty)
 
     @property
     def _logical(self) -> int:
@@ -448,6 +496,8 @@ class Cache(TransformersCache):
                 group.end_token(self._step)
         self._closing, self._opened = self._opened, None
         self._seen = self._step.after
+        if bool((self._seen >= self._expected).all()):
+            self._expected = torch.tensor(0)
         self._passed = (self._passed if self._passed.numel() else torch.zeros_like(self._seen)) + self._tokens
         self._step, self._next_layer = None, 0
 
@@ -506,13 +556,24 @@ class Cache(TransformersCache):
             )
 
 
-def _step(before: Tensor, batch: int, tokens: int, valid: Tensor | None, device: torch.device) -> Step:
+def _step(
+    before: Tensor, tokens: int, valid: Tensor | None, device: torch.device, following: Tensor | None = None
+) -> Step:
+    """A pass of ``tokens`` new ones and those ``following``; ``valid`` (bool [B, all of them]): which are real."""
     if valid is None:
+        after = before + tokens
         positions = before.to(device)[:, None] + torch.arange(tokens, device=device)
-        return Step(positions, before, before + tokens, padded=False)
-    counted = before.to(device)[:, None] + valid.to(device).cumsum(1) - 1
-    positions = counted.masked_fill(~valid.to(device), -1)
-    return Step(positions, before, before + valid.sum(1).cpu(), padded=True)
+    else:
+        valid = valid.to(device)
+        after = before + valid[:, :tokens].sum(1).cpu()
+        positions = _counted(before, valid[:, :tokens])
+    step = Step(positions, before, after, padded=valid is not None)
+    return step if following is None else replace(step, following=_counted(after, following.to(device)))
+
+
+def _counted(before: Tensor, valid: Tensor) -> Tensor:
+    """Positions of tokens after ``before`` ([B]) others, -1 where not ``valid`` ([B, q])."""
+    return (before.to(valid.device)[:, None] + valid.cumsum(1) - 1).masked_fill(~valid, -1)
 
 
 def _use_kvarn(model: PreTrainedModel) -> None:
@@ -523,6 +584,17 @@ def _use_kvarn(model: PreTrainedModel) -> None:
             f"{type(model).__name__} does not let its attention be replaced (it does not use transformers' attention "
             "interface), so kvarn cannot serve it"
         )
+
+
+def _check_reading(recipe: Recipe, block: int | None, text: Tensor | None) -> None:
+    if block is not None and block < 1:
+        raise RecipeError(f"block={block}: prompts are read at least 1 token at a time")
+    if block is not None and recipe.propagation is not None:
+        raise RecipeError(f"{recipe} leaves tokens of a prompt behind, which must be read at once: leave block out")
+    if text is not None and recipe.tail is None:
+        raise RecipeError(f"{recipe} scores prompts by their own queries: leave text out, or use epicache")
+    if text is not None and (text.dim() != 1 or not text.numel() or text.dtype != torch.int64):
+        raise RecipeError(f"text is token ids, int64 [n], not {text.dtype} {list(text.shape)}")
 
 
 def _refuse_idle(recipe: Recipe, spec: ModelSpec) -> None:

@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     learn = commands.add_parser("calibrate", help="learn what a method has to know of a model, once (minutes)")
     learn.set_defaults(command=_calibrate)
     learn.add_argument("model", help="built-in name, GGUF file, folder or hub id")
-    learn.add_argument("method", help="one that needs it, such as duoattention")
+    learn.add_argument("method", help="one that needs it, such as duoattention, with parameters if need be")
     learn.add_argument("--text", metavar="FILE", help="what the model reads for it (Python's language reference)")
     _add_where(learn)
 
@@ -336,7 +336,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    method = _named(options.method)[0]()
+    method = Recipe.parse(options.method).methods[0]
     require_calibration(method)
     text = None if options.text is None else _read(options.text)
     device = None if options.device is None else device_of(options.device)

@@ -28,8 +28,9 @@ class Step:
     ``positions`` (int64 [B, q], on the device) counts each sequence's real tokens from 0, -1 marks padding; ``before``
     and ``after`` (int64 [B], on the host) are the tokens of each sequence before and after the pass. ``carried`` (int64
     [B], on the host): how many of the new ones a layer is given, where not all of them. ``ends`` (bool [B, q], on the
-    device): which of them end a sentence, where the recipe asks for it. ``known``: what a layer leaves to the next one
-    of its inputs, where these are kept as differences.
+    device): which of them end a sentence, where the recipe asks for it. ``following`` (int64 [B, p], on the device, -1
+    for padding): positions of tokens at the end of the pass that only score and are not kept. ``known``: what a layer
+    leaves to the next one of its inputs, where these are kept as differences.
     """
 
     positions: Tensor
@@ -38,12 +39,18 @@ class Step:
     padded: bool
     carried: Tensor | None = None
     ends: Tensor | None = None
+    following: Tensor | None = None
     known: Known = field(default_factory=Known)
 
     def selected(self, sequences: list[int]) -> "Step":
         """The step of some sequences."""
         positions, before, after = (t[sequences] for t in (self.positions, self.before, self.after))
         return replace(self, positions=positions, before=before, after=after)
+
+    @property
+    def attending(self) -> Tensor:
+        """The positions of all tokens of the pass, int64 [B, q + p]."""
+        return self.positions if self.following is None else torch.cat([self.positions, self.following], 1)
 
     @property
     def counts(self) -> Tensor:
@@ -62,6 +69,20 @@ class Fresh:
     step: Step
     variant: Variant
     inputs: Tensor | None = None
+
+    def without_following(self) -> "Fresh":
+        """The tokens that may be kept."""
+        if self.step.following is None:
+            return self
+        count = self.step.positions.shape[1]
+        inputs = None if self.inputs is None else self.inputs[:, :count]
+        return replace(
+            self,
+            query=self.query[:, :, :count],
+            keys=self.keys[:, :, :count],
+            values=self.values[:, :, :count],
+            inputs=inputs,
+        )
 
 
 class LayerGroup:
@@ -211,14 +232,17 @@ class LayerGroup:
         """Attends new tokens to what is stored and to themselves, exactly, then stores what the recipe keeps."""
         heads = self.heads(number)
         stored = self._part(heads, None) if int(self.store.lengths[heads].max()) else None
-        out = self.selector.prompt(self._reading(number, fresh)) if self.selector else None
+        # A text that scores is to see everything.
+        selects = self.selector is not None and fresh.step.following is None
+        out = self.selector.prompt(self._reading(number, fresh)) if self.selector and selects else None
         if out is None:
             out = attend(fresh.query, self._exact_parts(heads, stored, fresh), fresh.variant)
         self.prompted = fresh.step.after
         in_hand = [fresh.keys, fresh.values, *([stored.keys, stored.values] if stored else [])]
         self.arena.note_peak(sum(tensor.nbytes for tensor in in_hand))
+        asking, fresh = fresh.query, fresh.without_following()
         if self.eviction is not None or self.observers:
-            self._store_best(number, stored, fresh)
+            self._store_best(number, stored, fresh, asking[:, :, fresh.keys.shape[2] :])
         elif self.layer.window is not None:
             self._store_window(self.layer.window, heads, fresh)
         else:
@@ -350,12 +374,13 @@ class LayerGroup:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _store_best(self, number: int, stored: Part | None, fresh: Fresh) -> None:
-        """Keeps the best of what is stored and what is new, by the recipe's score, and what was observed of it."""
+    def _store_best(self, number: int, stored: Part | None, fresh: Fresh, following: Tensor) -> None:
+        """Keeps the best of what is stored and what is new, by the recipe's score, and what was observed of it.
+        ``following``: the queries of the text that scores, [B, H, p, D]."""
         heads, step = self.heads(number), fresh.step
         held, capacity = self.store.lengths[heads].view(self.batch, -1), self.capacity[self._place[number]]
-        fits = self.eviction is None or bool((held + step.counts[:, None] <= capacity).all())
-        if fits and not self.observers:
+        candidates = held + step.counts[:, None]
+        if not self.observers and (self.eviction is None or self.eviction.fits(candidates, capacity)):
             self._append_all(heads, fresh)
             return
         view = self._view(heads, stored, fresh)
@@ -365,18 +390,21 @@ class LayerGroup:
             self.divide(number, view)
             capacity = self.capacity[self._place[number]]
         old = 0 if stored is None else stored.keys.shape[2]
-        keep, columns, counts = view.valid, dict(view.columns), step.counts[:, None]
+        keep, columns = view.valid, dict(view.columns)
+        counts: Tensor | None = step.counts[:, None]
         if self.eviction is not None:
-            counts = torch.minimum(capacity, counts)
+            counts = None if self.eviction.across_heads else torch.minimum(capacity, step.counts[:, None])
             if isinstance(self.eviction, Merging):
                 keep, columns, fresh = self._merged(self.eviction, heads, view, fresh, old, capacity)
-            else:
-                keep = self.eviction.keep(view, capacity)
+            elif not self.eviction.fits(candidates, capacity):
+                asked = view if step.following is None else view.asked_by(following, step.following)
+                keep = self.eviction.keep(asked, capacity)
         del columns["position"]
         if stored is not None:
             if columns:
                 self.store.set_columns(heads, {name: c[:, :, :old].flatten(0, 1) for name, c in columns.items()})
             self.store.keep(heads, keep[..., :old].flatten(0, 1))
+        if stored is not None or counts is None:
             counts = keep[..., old:].sum(-1).cpu()
         self._append(heads, fresh, keep[..., old:], counts, {name: c[:, :, old:] for name, c in columns.items()})
 
@@ -449,8 +477,9 @@ class LayerGroup:
     def _exact_parts(self, heads: slice, stored: Part | None, fresh: Fresh) -> list[Part]:
         """What the new tokens may read: stored entries, and new ones up to themselves."""
         window, step = self.layer.window, fresh.step
-        if step.padded or (window is not None and int(step.after.max()) >= window):
-            new = Part(fresh.keys, fresh.values, self._visible(step.positions, step.positions[:, None]))
+        positions = step.attending
+        if step.padded or (window is not None and int(step.before.max()) + positions.shape[1] >= window):
+            new = Part(fresh.keys, fresh.values, self._visible(positions, positions[:, None]))
         else:
             new = Part(fresh.keys, fresh.values, causal=True)
         if stored is None:
@@ -460,7 +489,7 @@ class LayerGroup:
         if window is not None:
             # Layers with a sliding window hold their newest tokens in order, so positions follow from the lengths.
             place = torch.arange(stored.keys.shape[2]) - lengths.view(self.batch, -1)[:, :1] + step.before[:, None]
-            mask = self._visible(step.positions, place[:, None].to(step.positions.device))
+            mask = self._visible(positions, place[:, None].to(positions.device))
             mask = mask & self._held(heads)[:, :, None]
         elif not bool((lengths == lengths[0]).all()):
             mask = self._held(heads)[:, :, None].expand(-1, -1, fresh.keys.shape[2], -1)

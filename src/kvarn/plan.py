@@ -1,12 +1,13 @@
 """A recipe's budget resolved to the entries that each head may hold."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .budgets import UNBOUNDED, Budget, Heads, Policy, allowed_bytes, highest
+from .budgets import UNBOUNDED, Budget, Heads, Policy, allowed_bytes, highest, most_on_average
 from .errors import BudgetError
 from .memory import Layout
 from .reduction import Eviction
@@ -20,8 +21,8 @@ class Plan:
     ``capacity`` (int64 [layers, B, K], on the host): the entries that each KV head may hold, ``UNBOUNDED`` where it
     keeps everything (layers with a sliding window always do). For each sequence: ``entries``, the mean of that over the
     heads of full-attention layers, with all tokens of the prompt where a head is unbounded; ``bytes``, what all heads
-    take at the end of the prompt, or the most that they can take where something was stored before it; ``allowed``, the
-    bytes that the budget allows (None: no budget in bytes).
+    take at the end of the prompt, or the most that they can take where something was stored before it or heads share
+    what a layer keeps; ``allowed``, the bytes that the budget allows (None: no budget in bytes).
     """
 
     capacity: Tensor
@@ -148,6 +149,9 @@ class Planner:
                 layer: torch.where(tables[layer] < raw[layer], most - found.indices.flip(1), entries)
                 for layer, found in least.items()
             }
+        if eviction.across_heads:
+            tables = {layer: self._shared(layer, held) for layer in self._acted_on}
+            better = dict.fromkeys(self._acted_on, entries[None])
         allowed = torch.tensor([bytes or 0 for bytes in self._allowed]) - self._fixed
         return _Price("bytes", most, allowed, tables, better)
 
@@ -223,14 +227,27 @@ class Planner:
         return {layer: torch.tensor([other == layer for other in self.spec.layers]) for layer in full}
 
     def _bytes(self, entries: Tensor) -> Tensor:
-        """Bytes of full-attention layers whose heads hold ``entries`` ([layers, B, K]): int64 [B]; the most that they
-        can take where evictions before have left the formats in a state that is not known."""
-        exact = self.empty or self.eviction is None
+        """Bytes of full-attention layers whose heads hold ``entries`` ([layers, B, K]): int64 [B]."""
         total = torch.zeros_like(self.heads.lengths)
         for layer, rows in self._acted_on.items():
-            layout = self.layouts[layer]
-            total = total + (layout.bytes if exact else layout.most_bytes)(entries[rows]).sum((0, 2))
+            if self.eviction is not None and self.eviction.across_heads:
+                held = torch.minimum(torch.arange(int(self.heads.lengths.max()) + 1), self.heads.lengths[:, None])
+                taken = _looked_up(self._shared(layer, held), _on_average(entries[rows]))
+            else:
+                taken = self._cost(layer)(entries[rows])
+            total = total + taken.sum((0, 2))
         return total
+
+    def _cost(self, layer: LayerSpec) -> Callable[[Tensor], Tensor]:
+        """What one head of so many entries takes: exactly, or at most where evictions before have left the formats in
+        a state that is not known."""
+        layout = self.layouts[layer]
+        return layout.bytes if self.empty or self.eviction is None else layout.most_bytes
+
+    def _shared(self, layer: LayerSpec, held: Tensor) -> Tensor:
+        """The most that a head takes on average where the heads of a layer share ``held`` entries each on average
+        (int64 [B, n], never falling)."""
+        return most_on_average(self._cost(layer)(held), held)
 
     @cached_property
     def _fixed(self) -> Tensor:
@@ -280,7 +297,14 @@ class _Price:
     def _priced(self, entries: Tensor, planner: Planner) -> Tensor:
         """Heads that keep everything are paid for the tokens of the prompt."""
         length = planner.heads.lengths[:, None]
-        return torch.where(entries == UNBOUNDED, length, entries).clamp(max=self.most)
+        entries = torch.where(entries == UNBOUNDED, length, entries).clamp(max=self.most)
+        shared = planner.eviction is not None and planner.eviction.across_heads
+        return _on_average(entries) if shared else entries
+
+
+def _on_average(entries: Tensor) -> Tensor:
+    """Entries [layers, B, K] as they are where the heads of a layer have equally many, rounded up."""
+    return (-(-entries.sum(-1, keepdim=True) // entries.shape[-1])).expand_as(entries)
 
 
 def _looked_up(table: Tensor, index: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ _DECISIONS = {
     "encode": "in which format",
     "select": "which entries a query reads",
     "carry": "which tokens go on to later layers",
+    "read": "in which blocks a prompt is read",
 }
 
 
@@ -118,6 +119,16 @@ class Recipe:
     def propagation(self) -> Propagation | None:
         """Which tokens of a first prompt go on beyond some layer; None: all."""
         return next((p for m in self.methods if (p := m.propagation())), None)
+
+    @property
+    def block(self) -> int | None:
+        """How many tokens of a prompt are read at once; None: all."""
+        return next((size for m in self.methods if (size := m.blocks())), None)
+
+    @property
+    def tail(self) -> int | None:
+        """Where a text that follows each block of a prompt scores it: see ``Score.tail``."""
+        return next((e.score.tail for m in self.methods if (e := m.eviction())), None)
 
     @property
     def rematerializes(self) -> bool:

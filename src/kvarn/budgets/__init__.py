@@ -4,6 +4,7 @@ from .amounts import Budget, allowed_bytes, check_budget, parse_budget, parse_by
 from .cascade import Cascade, Density, Preferred, Restlessness
 from .policy import UNBOUNDED, Heads, Policy, Shares, Uniform, highest
 from .retrieval import ChosenHeads, RankedHeads
+from .sharing import most_on_average
 
 __all__ = [
     "UNBOUNDED",
@@ -21,6 +22,7 @@ __all__ = [
     "allowed_bytes",
     "check_budget",
     "highest",
+    "most_on_average",
     "parse_budget",
     "parse_bytes",
 ]

@@ -28,9 +28,8 @@ class Method:
 
     A method answers for the decisions it makes and leaves the others alone: ``eviction`` and ``rows`` what to keep,
     ``budget`` how much in each head, ``channels`` which numbers of a key, ``encoding`` or ``precision`` in which
-    format, ``selection`` which entries a query reads, ``propagation`` which tokens of a prompt go through all layers.
-    Methods that leave each other's decisions
-    alone combine with ``+``.
+    format, ``selection`` which entries a query reads, ``propagation`` which tokens of a prompt go through all layers,
+    ``blocks`` how many are read at once. Methods that leave each other's decisions alone combine with ``+``.
     """
 
     name: ClassVar[str]
@@ -82,6 +81,10 @@ class Method:
         """Which tokens of a first prompt go on beyond some layer; None: all."""
         return None
 
+    def blocks(self) -> int | None:
+        """How many tokens of a prompt are read, and compressed, at once; None: all."""
+        return None
+
     def calibration(self) -> Calibration | None:
         """What has to be learnt about a model before the method can act on it; None: nothing."""
         return None
@@ -118,6 +121,8 @@ class Method:
             made.add("select")
         if type(self).propagation is not Method.propagation:
             made.add("carry")
+        if type(self).blocks is not Method.blocks:
+            made.add("read")
         return made
 
     def __add__(self, other: "Method | Recipe") -> "Recipe":

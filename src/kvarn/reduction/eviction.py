@@ -19,7 +19,8 @@ class Eviction:
     ``interval_share * C``, so that a head never holds more than C; None: one, or with a format that encodes units of
     tokens, as many as a unit.
     ``default``: entries to keep where the user gives no budget, as a number or, where a float, as a share of the
-    prompt's tokens.
+    prompt's tokens. ``across_heads``: the KV heads of a layer share what they may keep all together, by the score; at
+    the end of prompts only (AdaKV, arXiv 2407.11550; EpiCache's pairs, arXiv 2509.17396).
     """
 
     score: Score
@@ -30,6 +31,10 @@ class Eviction:
     decode: bool = False
     interval: int | None = None
     interval_share: float = 0.0
+    across_heads: bool = False
+
+    def __post_init__(self) -> None:
+        assert not (self.across_heads and self.decode), "heads share what they keep at the end of prompts only"
 
     @property
     def least(self) -> int:
@@ -59,18 +64,22 @@ class Eviction:
         """How many entries leave full heads of so many entries (int64, any shape)."""
         return (capacity * self.interval_share).long().clamp(min=self.at_once)
 
+    def fits(self, entries: Tensor, capacity: Tensor) -> bool:
+        """Whether nothing has to leave where heads hold ``entries`` (int64 [..., K], as ``capacity``)."""
+        if self.across_heads:
+            entries, capacity = entries.sum(-1), capacity.sum(-1)
+        return bool((entries <= capacity).all())
+
     def keep(self, view: PromptView, capacity: Tensor) -> Tensor:
         """Which candidates stay in a layer, bool [B, K, n]. ``capacity`` is int64 [B, K], on the host."""
         scores = self.score.prompt(view)
-        most = min(int(capacity.max()), scores.shape[-1])
         capacity = capacity.clamp(max=scores.shape[-1]).to(scores.device)
         recent = self.recent + (capacity * self.recent_share).long()
         protect = view.among_last(recent) | (view.positions < self.sinks)
         ranked = protected(scores, protect).masked_fill(~view.valid, -torch.inf)
-        # Pooled scores have plateaus: a stable sort breaks ties by age, whatever the batch and its padding.
-        best = ranked.argsort(dim=-1, descending=True, stable=True)[..., :most]
-        within = torch.arange(most, device=best.device) < capacity[..., None]
-        return torch.zeros_like(view.valid).scatter_(-1, best, within) & view.valid
+        if self.across_heads:
+            return _best(ranked.flatten(1), capacity.sum(1)).view_as(ranked) & view.valid
+        return _best(ranked, capacity) & view.valid
 
     def best(self, columns: Mapping[str, Tensor], lengths: Tensor, seen: Tensor, capacity: Tensor) -> Tensor:
         """Which stored entries stay where heads shrink to ``capacity``, bool [R, n]; arguments as for ``victims``."""
@@ -96,3 +105,12 @@ class Eviction:
         beyond = torch.arange(positions.shape[1], device=positions.device) >= lengths[:, None]
         ranked = protected(self.score.stored(columns, seen[:, None]), protect | beyond)
         return ranked.argsort(dim=-1, stable=True)[:, : int(leaving.max())]
+
+
+def _best(ranked: Tensor, count: Tensor) -> Tensor:
+    """The ``count`` ([...]) highest of ``ranked`` ([..., n]), bool."""
+    most = int(count.max())
+    # Pooled scores have plateaus: a stable sort breaks ties by age, whatever the batch and its padding.
+    best = ranked.argsort(dim=-1, descending=True, stable=True)[..., :most]
+    within = torch.arange(most, device=best.device) < count[..., None]
+    return torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, best, within)

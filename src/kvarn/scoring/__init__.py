@@ -1,6 +1,7 @@
 """How much each entry matters."""
 
 from .observing import AccumulatedMass, ObservingScore
+from .patched import PatchedMass
 from .persistence import Persistence
 from .perturbed import PerturbedMass
 from .recurrence import Recurrence
@@ -12,6 +13,7 @@ __all__ = [
     "LayerMass",
     "Observation",
     "ObservingScore",
+    "PatchedMass",
     "Persistence",
     "PerturbedMass",
     "PromptView",

@@ -14,7 +14,13 @@ from .view import PromptView, concatenated
 
 
 class Score(ABC):
-    """A score over entries. Higher is kept."""
+    """A score over entries. Higher is kept.
+
+    ``tail``: where it is not the prompt's own queries that score but those of a text that the model reads after each
+    block of it and that is not kept, so many of the block's last tokens, unless the cache was given another text.
+    """
+
+    tail: int | None = None
 
     @abstractmethod
     def prompt(self, view: PromptView) -> Tensor:

@@ -1,7 +1,7 @@
 """What a score sees of a layer: at the end of a prompt, and of the attention that it observes."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,10 @@ class PromptView:
 
     def _last(self, count: int) -> Tensor:
         return self.query_positions.argsort(dim=1, stable=True)[:, -min(count, self.query.shape[2]) :]
+
+    def asked_by(self, query: Tensor, positions: Tensor) -> "PromptView":
+        """The same candidates before other queries, [B, H, q, D] at ``positions`` ([B, q], -1 for padding)."""
+        return replace(self, query=query, query_positions=positions, parts=self.masked_parts(positions))
 
     @property
     def valid(self) -> Tensor:
