@@ -79,7 +79,7 @@ class Format(ABC):
 
 
 def _digest(tensor: Tensor) -> str:
-    return sha256(tensor.cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
+    return sha256(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _bytes(layout: Layout) -> int:

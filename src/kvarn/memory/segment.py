@@ -391,7 +391,8 @@ class Segment:
         self._resize(slice(None), parked.lengths)
         held = torch.arange(self.table.shape[1]) < self._held(slice(None))[:, None]
         pages = self.pool.allocate(parked.pages)
-        self._set_pages(*torch.nonzero(held, as_tuple=True), pages)
+        row, column = torch.nonzero(held, as_tuple=True)
+        self._set_pages(row, column, pages)
         units = (pages.long()[:, None] * self.pool.units + torch.arange(self.pool.units)).flatten()
         for name, rows in parked.rows.items():
             self.pool.write(name, units.to(self.pool.device), rows.flatten(0, 1).to(self.pool.arena.device))

@@ -28,6 +28,7 @@ class XQuantCL(Method):
     first_bits: int = 4
 
     name = "xquantcl"
+    keeps_inputs = True
     family = "rematerialization"
     acts = "end of prompt, every decoding step"
     needs = "inputs of layers"
