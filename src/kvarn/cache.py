@@ -13,11 +13,12 @@ from .attention.interface import NAME, Mask, Pending
 from .attention.reference import Variant
 from .attention.rotary import Rotary
 from .budgets import UNBOUNDED, Budget, Cascade, check_budget
+from .bundled_group import BundledGroup
 from .errors import CacheMismatch, PromptTooLong, RecipeError, Unsupported
 from .group import Fresh, LayerGroup, Step
 from .input_group import InputGroup
 from .joint_group import JointGroup, hand_over_inputs
-from .memory import Arena, Parked, TieredLayout, by_pool
+from .memory import Arena, BoundedLayout, Parked, TieredLayout, by_pool
 from .methods import Method
 from .plan import Plan, Planner
 from .prefill import Carried, Reader, read_in_blocks
@@ -236,7 +237,7 @@ class Cache(TransformersCache, Reader):
             twin._bounded = False
             twin.plan = twin._resolve(twin._seen)
             for group in twin._groups:
-                group.capacity = twin.plan.capacity[group.numbers]
+                group.capacity = twin.plan.capacity[group.numbers[:: group.layer.depth]]
         return twin
 
     def open(self) -> None:
@@ -416,7 +417,7 @@ class Cache(TransformersCache, Reader):
                 self._begin_token(step)
         elif plan is not None:
             for group in self._groups:
-                group.capacity = plan.capacity[group.numbers]
+                group.capacity = plan.capacity[group.numbers[:: group.layer.depth]]
             self._cascade(plan, step)
         self.plan, self._step, self._decoding, self._next_layer = plan, step, decoding, 0
         self._tokens = tokens
@@ -518,6 +519,8 @@ class Cache(TransformersCache, Reader):
         if self.recipe.joins and layer.window is None:
             return JointGroup(numbers, layer, layout, self._exemption, arena, batch, self._rotary)
         eviction = self.recipe.eviction(layer, self.spec.dtype)
+        if isinstance(layout, BoundedLayout) and (bundle := self.recipe.bundle):
+            return BundledGroup(numbers, layer, layout, eviction, bundle, arena, batch, self._rotary)
         precision = self.recipe.precision(layer, self.spec.dtype)
         if precision and isinstance(layout, TieredLayout):
             group: LayerGroup = TieredGroup(numbers, layer, layout, eviction, precision, arena, batch, self._rotary)

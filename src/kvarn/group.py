@@ -101,15 +101,16 @@ class LayerGroup:
         self.numbers, self.layer, self.eviction, self.arena = numbers, layer, eviction, arena
         self.batch = self.slots = batch
         self.rotary = rotary if layout.before_rope else None
-        self.store = _store(layout, arena, len(numbers) * self.stride, numbers)
-        self._capacity = torch.zeros((len(numbers), batch, layer.kv_heads), dtype=torch.int64)  # of each slot
+        self.layers = len(numbers) // layer.depth  # of the store
+        self.store = _store(layout, arena, self.layers * self.stride, numbers)
+        self._capacity = torch.zeros((self.layers, batch, layer.kv_heads), dtype=torch.int64)  # of each slot
         self.prompted = torch.zeros(batch, dtype=torch.int64)  # tokens of each sequence up to its last prompt's end
         self._decoded: Tensor  # tokens of each sequence since then, int64 [B] on the device, in a decoding step
         # Called with a layer and its view before what it keeps is decided, where layers share by what they show.
         self.divide: Callable[[int, PromptView], None] | None = None
         self.selector: Selector | None = None  # where queries read only some of what is stored
-        self._place = {number: place for place, number in enumerate(numbers)}
-        self._even = [False] * len(numbers)  # whether the heads of a layer hold equally many entries
+        self._place = {number: place // layer.depth for place, number in enumerate(numbers)}
+        self._even = [False] * self.layers  # whether the heads of a layer hold equally many entries
 
     @property
     def state_bytes(self) -> int:
@@ -150,7 +151,7 @@ class LayerGroup:
     def everyone(self) -> slice | Tensor:
         """The store's heads of all layers and sequences."""
         if self.batch == self.slots:
-            return slice(0, len(self.numbers) * self.stride)
+            return slice(0, self.layers * self.stride)
         return self.heads_of(torch.arange(self.batch))
 
     def heads(self, number: int) -> slice:
@@ -161,11 +162,12 @@ class LayerGroup:
     def heads_of(self, slots: Tensor) -> Tensor:
         """The store's heads of ``slots`` (int64 [n], may repeat) in all layers, in the order of the store's."""
         within = slots[:, None] * self.layer.kv_heads + torch.arange(self.layer.kv_heads)
-        return (torch.arange(len(self.numbers))[:, None] * self.stride + within.flatten()).flatten()
+        return (torch.arange(self.layers)[:, None] * self.stride + within.flatten()).flatten()
 
     def entries(self) -> Tensor:
         """Entries of each head, int64 [layers, B, K]."""
-        return self.store.lengths.view(len(self.numbers), self.slots, -1)[:, : self.batch]
+        held = self.store.lengths.view(self.layers, self.slots, -1)[:, : self.batch]
+        return held.repeat_interleave(self.layer.depth, 0)
 
     def select(self, selection: Selection, alike: bool, dtype: torch.dtype) -> None:
         """Has queries read what ``selection`` chooses. ``alike``: the heads of a layer always hold the same tokens in
@@ -193,7 +195,7 @@ class LayerGroup:
             return
         before, store, heads = self.slots, self.store, self.heads_of(torch.arange(self.batch))
         self.slots = slots
-        self.store = _store(store.layout, self.arena, len(self.numbers) * self.stride, self.numbers)
+        self.store = _store(store.layout, self.arena, self.layers * self.stride, self.numbers)
         self.store.adopt(self.everyone, store, heads)
         self._capacity = torch.nn.functional.pad(self._capacity, (0, 0, 0, slots - before))
 
@@ -241,16 +243,11 @@ class LayerGroup:
         in_hand = [fresh.keys, fresh.values, *([stored.keys, stored.values] if stored else [])]
         self.arena.note_peak(sum(tensor.nbytes for tensor in in_hand))
         asking, fresh = fresh.query, fresh.without_following()
-        if self.eviction is not None or self.observers:
-            self._store_best(number, stored, fresh, asking[:, :, fresh.keys.shape[2] :])
-        elif self.layer.window is not None:
-            self._store_window(self.layer.window, heads, fresh)
-        else:
-            self._append_all(heads, fresh)
+        self._store_prompt(number, stored, fresh, asking[:, :, fresh.keys.shape[2] :])
         if self.selector:
             self.selector.stored(self._reading(number, fresh))
-        if stored is None and number == self.numbers[0]:
-            self.store.reserve_like(heads, len(self.numbers) - 1)
+        if stored is None and self._place[number] == 0:
+            self.store.reserve_like(heads, self.layers - 1)
         return out
 
     def chosen(self, number: int, fresh: Fresh, propagation: Propagation) -> Tensor:
@@ -292,7 +289,7 @@ class LayerGroup:
             columns |= {name: column[:, 0] for name, column in self._noted(heads, step).items()}
             self._decoded = (step.after - self.prompted).to(self.arena.device)
         self.store.open_token(columns, heads)
-        lengths = self.entries().flatten(1)
+        lengths = self.store.lengths.view(self.layers, self.slots, -1)[:, : self.batch].flatten(1)
         self._even = (lengths == lengths[:, :1]).all(1).tolist()
 
     def token(self, number: int, fresh: Fresh) -> Tensor:
@@ -374,13 +371,27 @@ class LayerGroup:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
+    def _store_prompt(self, number: int, stored: Part | None, fresh: Fresh, following: Tensor) -> None:
+        """Keeps what the recipe keeps of a layer's new tokens and of what is ``stored``; ``following``: the queries of
+        the text that scores, [B, H, p, D]."""
+        if self.eviction is not None or self.observers:
+            self._store_best(number, stored, fresh, following)
+        elif self.layer.window is not None:
+            self._store_window(self.layer.window, self.heads(number), fresh)
+        else:
+            self._append_all(self.heads(number), fresh)
+
+    def _fits(self, number: int, step: Step) -> bool:
+        """Whether a layer may keep everything."""
+        held = self.store.lengths[self.heads(number)].view(self.batch, -1)
+        capacity = self.capacity[self._place[number]]
+        return self.eviction is None or self.eviction.fits(held + step.counts[:, None], capacity)
+
     def _store_best(self, number: int, stored: Part | None, fresh: Fresh, following: Tensor) -> None:
-        """Keeps the best of what is stored and what is new, by the recipe's score, and what was observed of it.
-        ``following``: the queries of the text that scores, [B, H, p, D]."""
+        """Keeps the best of what is stored and what is new, by the recipe's score, and what was observed of it."""
         heads, step = self.heads(number), fresh.step
-        held, capacity = self.store.lengths[heads].view(self.batch, -1), self.capacity[self._place[number]]
-        candidates = held + step.counts[:, None]
-        if not self.observers and (self.eviction is None or self.eviction.fits(candidates, capacity)):
+        capacity = self.capacity[self._place[number]]
+        if not self.observers and self._fits(number, step):
             self._append_all(heads, fresh)
             return
         view = self._view(heads, stored, fresh)
@@ -396,9 +407,9 @@ class LayerGroup:
             counts = None if self.eviction.across_heads else torch.minimum(capacity, step.counts[:, None])
             if isinstance(self.eviction, Merging):
                 keep, columns, fresh = self._merged(self.eviction, heads, view, fresh, old, capacity)
-            elif not self.eviction.fits(candidates, capacity):
+            elif not self._fits(number, step):
                 asked = view if step.following is None else view.asked_by(following, step.following)
-                keep = self.eviction.keep(asked, capacity)
+                keep = self.eviction.keep(asked, capacity, self._scores(self.eviction, asked))
         del columns["position"]
         if stored is not None:
             if columns:
@@ -407,6 +418,10 @@ class LayerGroup:
         if stored is not None or counts is None:
             counts = keep[..., old:].sum(-1).cpu()
         self._append(heads, fresh, keep[..., old:], counts, {name: c[:, :, old:] for name, c in columns.items()})
+
+    def _scores(self, eviction: Eviction, view: PromptView) -> Tensor:
+        """What a prompt's candidates are worth, [B, K, n]."""
+        return eviction.score.prompt(view)
 
     def _merged(
         self, merging: Merging, heads: slice, view: PromptView, fresh: Fresh, old: int, capacity: Tensor
@@ -537,11 +552,17 @@ class LayerGroup:
             values = values.gather(2, index[..., None].expand(-1, -1, -1, values.shape[3]))
             columns = {name: _gathered(column, index) for name, column in columns.items()}
         rows = {name: column.flatten(0, 1) for name, column in columns.items()}
-        new, marked = (keys.flatten(0, 1), values.flatten(0, 1)), rows.pop("marked")
-        watched = self.store.watched
+        self._put(heads, (keys.flatten(0, 1), values.flatten(0, 1)), rows, counts, fresh)
+
+    def _put(
+        self, heads: slice, new: tuple[Tensor, Tensor], columns: dict[str, Tensor], counts: Tensor, fresh: Fresh
+    ) -> None:
+        """Stores ``counts`` (int64 [R]) of the keys and values ``new`` ([R, n, size] each) of a prompt; ``columns`` say
+        beside the store's which are ``marked`` to be read exactly."""
+        watched, marked = self.store.watched, columns.pop("marked")
         if watched is not None:
             self.store.observe(heads, *new, counts, self._last_queries(fresh, watched), marked)
-        self.store.append(heads, *new, rows, counts)
+        self.store.append(heads, *new, columns, counts)
 
     def _last_queries(self, fresh: Fresh, count: int) -> Tensor:
         """The last ``count`` real queries of a prompt, zero where there are fewer: [B * K, G, count, D]."""
@@ -620,7 +641,7 @@ class LayerGroup:
     def _per_head(self, per_sequence: Tensor) -> Tensor:
         """[B] -> [heads of the store]; 0 in free slots."""
         of_slots = torch.nn.functional.pad(per_sequence, (0, self.slots - self.batch))
-        return of_slots.repeat_interleave(self.layer.kv_heads).repeat(len(self.numbers))
+        return of_slots.repeat_interleave(self.layer.kv_heads).repeat(self.layers)
 
 
 def _gathered(column: Tensor, index: Tensor) -> Tensor:

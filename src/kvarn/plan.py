@@ -234,7 +234,7 @@ class Planner:
                 held = torch.minimum(torch.arange(int(self.heads.lengths.max()) + 1), self.heads.lengths[:, None])
                 taken = _looked_up(self._shared(layer, held), _on_average(entries[rows]))
             else:
-                taken = self._cost(layer)(entries[rows])
+                taken = self._cost(layer)(entries[rows][:: layer.depth, :, : self.kept[layer].kv_heads])
             total = total + taken.sum((0, 2))
         return total
 
@@ -262,7 +262,8 @@ class Planner:
     @cached_property
     def open_bytes(self) -> int:
         """Bytes of one page of each segment of a sequence's heads."""
-        return sum(self.kept[layer].kv_heads * self.layouts[layer].open_bytes for layer in self.spec.layers)
+        pages = [self.kept[x].kv_heads * self.layouts[x].open_bytes // x.depth for x in self.spec.layers]
+        return sum(pages)
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,7 +284,8 @@ class _Price:
         """The price of ``entries`` (int64 [layers, B, K]) for each sequence, int64 [B]."""
         total = torch.zeros_like(self.allowed)
         for layer, rows in planner._acted_on.items():
-            total = total + _looked_up(self.tables[layer], self._priced(entries[rows], planner)).sum((0, 2))
+            priced = self._priced(entries[rows][:: layer.depth], planner)
+            total = total + _looked_up(self.tables[layer], priced).sum((0, 2))
         return total
 
     def improved(self, entries: Tensor, planner: Planner) -> Tensor:

@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from . import rematerialization
 from .budgets import Budget, Policy, Uniform
+from .bundles import Bundle
 from .calibration import calibrated
 from .errors import RecipeError
 from .formats import Columns, Dense, Narrow
-from .memory import Layout, SideLayout, StoreLayout, TieredLayout
+from .memory import BoundedLayout, Layout, SideLayout, StoreLayout, TieredLayout
 from .methods import METHODS, Method
 from .methods.base import default_of
 from .plan import Plan, Planner
@@ -29,6 +30,7 @@ _DECISIONS = {
     "encode": "in which format",
     "select": "which entries a query reads",
     "carry": "which tokens go on to later layers",
+    "share": "what neighbouring layers keep together",
     "read": "in which blocks a prompt is read",
 }
 
@@ -62,6 +64,10 @@ class Recipe:
                 f"{owner['select']} reads some of the entries of a head, and {owner['keep']} reads the heads of a "
                 "layer together: leave one of them out"
             )
+
+        if "share" in owner:
+            for method in self.methods:
+                _refuse_apart(owner["share"], method)
 
     @classmethod
     def parse(cls, text: "str | Method | Recipe") -> "Recipe":
@@ -152,10 +158,17 @@ class Recipe:
             layers = method.told_apart(layers)
         return replace(spec, layers=layers)
 
+    @property
+    def bundle(self) -> Bundle | None:
+        """What neighbouring layers keep together; None: nothing."""
+        return next((bundle for m in self.methods if (bundle := m.bundle())), None)
+
     def kept(self, layer: LayerSpec) -> LayerSpec:
         """``layer`` as the store holds it."""
         if layer.window is not None:
             return layer
+        if layer.bundle and self.bundle:
+            return self.bundle.kept(layer)
         return next((rows for m in self.methods if (rows := m.rows(layer))), layer)
 
     def layout(self, layer: LayerSpec, dtype: torch.dtype, page_size: int) -> Layout:
@@ -168,7 +181,11 @@ class Recipe:
             if keys.before_rope or columns:
                 columns = {"position": torch.int32, **columns}
             beside = selection.beside(layer, dtype) if selection else {}
-            return StoreLayout(keys, values, Columns(columns) if columns else None, page_size, beside)
+            kept = StoreLayout(keys, values, Columns(columns) if columns else None, page_size, beside)
+            if not layer.bundle or not self.bundle:
+                return kept
+            exact = StoreLayout(*self.bundle.dense(layer, keys.before_rope, dtype), kept.columns, page_size)
+            return BoundedLayout(exact, kept, self.bundle.exact_share)
         if isinstance(eviction, Merging):
             raise RecipeError(f"{self}: entries that stand for several cannot be kept in two precisions")
         columns |= precision.columns
@@ -218,6 +235,8 @@ class Recipe:
         return self.planner(spec, budget, lengths, page_size, empty=empty).plan()
 
     def _sides(self, layer: LayerSpec, dtype: torch.dtype) -> tuple[SideLayout, SideLayout]:
+        if layer.bundle and self.bundle:
+            return self.bundle.sides(layer, self._encoded(self.bundle.inner(layer), dtype), dtype)
         channels = next((c for m in self.methods if (c := m.channels(layer))), None)
         if channels is None or layer.window is not None:
             return self._encoded(layer, dtype)
@@ -234,6 +253,34 @@ class Recipe:
             keys, values = next((e for m in self.methods if (e := m.encoding(layer, dtype))), (keys, values))
         selection = self.selection(layer)
         return selection.sides(keys, values) if selection else (keys, values)
+
+
+def _refuse_apart(sharing: Method, method: Method) -> None:
+    """Raises RecipeError where ``method`` decides for each layer by itself what layers keep together."""
+    if reason := _apart(sharing, method):
+        raise RecipeError(
+            f"{sharing} and {method} cannot act together: with {sharing.name} neighbouring layers keep entries "
+            f"together, and {method.name} {reason}; leave one of them out"
+        )
+
+
+def _apart(sharing: Method, method: Method) -> str | None:
+    """What ``method`` does for each layer by itself, in words; None: nothing."""
+    by_itself = method.decides() & {"budget", "channels", "select", "carry"}
+    if method is sharing:
+        return None
+    if by_itself:
+        return f"decides {_DECISIONS[min(by_itself)]} for each layer by itself"
+    if type(method).precision is not Method.precision:
+        return "keeps entries in two precisions, which differ from layer to layer"
+    eviction, bundle = method.eviction(), sharing.bundle()
+    if isinstance(eviction, Merging):
+        return "rewrites the entries of each layer by itself"
+    if eviction and eviction.observes:
+        return "observes the attention of each layer by itself"
+    if eviction and eviction.across_heads:
+        return "divides what it keeps over the heads of each layer by itself"
+    return "evicts other tokens from each head" if eviction and bundle and bundle.all_heads else None
 
 
 def methods_of(part: "str | Method | Recipe") -> tuple[Method, ...]:

@@ -12,7 +12,8 @@ from .errors import Unsupported
 @dataclass(frozen=True)
 class LayerSpec:
     """One attention layer: its heads, the sizes of a key and a value, its sliding window (None: full attention), and
-    the size of its input. ``role``: what a recipe tells it by from layers that are otherwise alike."""
+    the size of its input. ``role``: what a recipe tells it by from layers that are otherwise alike. ``bundle``: how
+    many neighbouring layers keep their entries together (0: each keeps its own)."""
 
     query_heads: int
     kv_heads: int
@@ -21,12 +22,18 @@ class LayerSpec:
     window: int | None
     input_size: int = 0
     role: str = ""
+    bundle: int = 0
 
     @property
     def joint(self) -> "LayerSpec":
         """This layer with the keys of all its KV heads as one, and their values."""
         sizes = self.kv_heads * self.key_size, self.kv_heads * self.value_size
         return replace(self, kv_heads=1, key_size=sizes[0], value_size=sizes[1])
+
+    @property
+    def depth(self) -> int:
+        """Layers that have one row of the store together."""
+        return max(self.bundle, 1)
 
     @property
     def entry_numbers(self) -> int:

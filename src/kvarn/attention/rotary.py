@@ -53,5 +53,5 @@ class Rotary:
             every = torch.arange(max(256, 2 * most), device=keys.device)[None]
             cos, sin = self._embedding(keys, every, **self._types)
             self._cos, self._sin = cos[0], sin[0]
-        index = positions.to(keys.device).view(-1, positions.shape[-1])
+        index = torch.atleast_2d(positions.to(keys.device))
         return self._cos[index], self._sin[index]

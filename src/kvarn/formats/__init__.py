@@ -2,6 +2,7 @@
 
 from .balanced import Balanced
 from .base import Format, Rows
+from .bundled import Bundled, Directions, Subspace
 from .columns import Columns, ColumnType
 from .corrected import Corrected
 from .dense import Dense
@@ -17,11 +18,13 @@ from .ternary import Ternary
 
 __all__ = [
     "Balanced",
+    "Bundled",
     "Channels",
     "ColumnType",
     "Columns",
     "Corrected",
     "Dense",
+    "Directions",
     "Exempt",
     "Float8",
     "Format",
@@ -32,6 +35,7 @@ __all__ = [
     "Rows",
     "Sparse",
     "Spectral",
+    "Subspace",
     "Ternary",
     "exact_numbers",
 ]

@@ -56,6 +56,10 @@ class Format(ABC):
     def decode(self, rows: Rows) -> Tensor:
         """The inverse of ``encode``, up to the format's loss, in the dtype of the model."""
 
+    def decode_channels(self, rows: Rows, channels: slice) -> Tensor:
+        """The numbers ``channels`` of what ``decode`` gives."""
+        return self.decode(rows)[..., channels]
+
     @property
     def unit_bytes(self) -> int:
         """Exact bytes of one unit, scales and other metadata included."""

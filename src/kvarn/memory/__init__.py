@@ -1,5 +1,6 @@
 """Where entries live: pages, segments, stores. Nothing here knows of methods."""
 
+from .bounded import BoundedLayout
 from .pool import Arena, HostPool, Pool, Tier
 from .segment import Parked, Segment
 from .store import Beside, Layout, Side, SideLayout, Store, StoreLayout, by_pool
@@ -8,6 +9,7 @@ from .tiered import TieredLayout, TieredStore
 __all__ = [
     "Arena",
     "Beside",
+    "BoundedLayout",
     "HostPool",
     "Layout",
     "Parked",

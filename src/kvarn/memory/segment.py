@@ -13,6 +13,7 @@ from .pool import Pool
 
 TABLE_ENTRY = 4  # bytes of one page id in a page table
 HEAD_OVERHEAD = 16  # bytes of a head's start and length
+EVERY = slice(None)
 
 
 @dataclass(slots=True)
@@ -140,10 +141,11 @@ class Segment:
         """Flat slots of the last token of each head, int64 [R] on the device (unit 1; no meaning for empty heads)."""
         return self._slots(heads, (self.lengths[heads] - 1).clamp(min=0), 1).flatten().to(self.pool.device)
 
-    def put(self, slots: Tensor, rows: Rows) -> None:
-        """Writes one token a head at flat ``slots``: tensors of [R, *shape]. The fast way of decoding."""
+    def put(self, slots: Tensor, rows: Rows, channels: slice = EVERY) -> None:
+        """Writes one token a head at flat ``slots``: tensors of [R, *shape], or ``channels`` of the last dimension. The
+        fast way of decoding."""
         for name, new in rows.items():
-            self.pool.tensors[name].flatten(0, 1).index_copy_(0, slots, new)
+            self.pool.tensors[name].flatten(0, 1)[..., channels].index_copy_(0, slots, new)
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -191,9 +193,10 @@ class Segment:
         )
         self._span = (int(self.starts[0]), int(self.lengths[0])) if even else None
 
-    def decode(self, heads: slice | Tensor, limit: int | None = None) -> Tensor:
-        """The tokens of each head as vectors, [R, longest, size], in the model's dtype; ``limit`` as in ``read``."""
-        return self._format(heads).decode(self.read(heads, limit))
+    def decode(self, heads: slice | Tensor, limit: int | None = None, channels: slice = EVERY) -> Tensor:
+        """The tokens of each head as vectors, [R, longest, size], in the model's dtype; ``limit`` as in ``read``,
+        ``channels`` as in ``Format.decode_channels``."""
+        return self.format_of(heads).decode_channels(self.read(heads, limit), channels)
 
     def read_at(self, heads: slice | Tensor, index: Tensor, names: Collection[str] | None = None) -> Rows:
         """Units ``index`` (int64 [R, u] on the device; the last one of a head stands for those beyond it) alone:
@@ -209,14 +212,14 @@ class Segment:
         """Tokens ``index`` (int64 [R, m] on the device, as in ``read_at``) as vectors [R, m, size]. Only their units
         are read and decoded, each once."""
         if self.unit == 1:
-            return self._format(heads).decode(self.read_at(heads, index))
+            return self.format_of(heads).decode(self.read_at(heads, index))
         index = self._within(heads, index, 1)
         units = index // self.unit
         touched = units.new_zeros((units.shape[0], self.span(heads)[1] // self.unit), dtype=torch.bool)
         touched.scatter_(1, units, True)
         rank = touched.cumsum(1)
         some = (~touched).byte().argsort(dim=1, stable=True)[:, : int(rank[:, -1].max())]
-        x = self._format(heads).decode(self.read_at(heads, some))
+        x = self.format_of(heads).decode(self.read_at(heads, some))
         return pick(x, (rank.gather(1, units) - 1) * self.unit + index % self.unit)
 
     # -- encoding -----------------------------------------------------------------------------------------------
@@ -232,9 +235,16 @@ class Segment:
             old = self.state[name]
             old[heads] = torch.where(empty.view(-1, *[1] * (new.dim() - 1)), new, old[heads])
 
+    def format_of(self, heads: slice | Tensor) -> Format:
+        """The format, bound to the states of these heads and to what their layers share."""
+        if not (self.state or self._shared):
+            return self.format
+        shared = {name: tensor[self._row_shared[heads]] for name, tensor in self._shared.items()}
+        return self.format.given({name: state[heads] for name, state in self.state.items()} | shared)
+
     def encode(self, heads: slice | Tensor, x: Tensor) -> Rows:
         """Tokens of these heads ([R, tokens, size]) in the format."""
-        return self._format(heads).encode(x)
+        return self.format_of(heads).encode(x)
 
     # -- shrinking and changing ---------------------------------------------------------------------------------
 
@@ -258,7 +268,7 @@ class Segment:
         if self.unit == 1:
             self.rewrite(heads, {name: pick(t, index) for name, t in old.items()}, counts)
             return
-        fmt = self._format(heads)
+        fmt = self.format_of(heads)
         new = fmt.encode(pick(fmt.decode(old), index))
         groups = index.unflatten(1, (-1, self.unit))
         whole = groups[..., :1] // self.unit * self.unit + torch.arange(self.unit, device=index.device)
@@ -415,12 +425,6 @@ class Segment:
     @property
     def _head_bytes(self) -> int:
         return self.lengths.numel() * (HEAD_OVERHEAD + self.format.state_bytes)
-
-    def _format(self, heads: slice | Tensor) -> Format:
-        if not (self.state or self._shared):
-            return self.format
-        shared = {name: tensor[self._row_shared[heads]] for name, tensor in self._shared.items()}
-        return self.format.given({name: state[heads] for name, state in self.state.items()} | shared)
 
     def _resize(self, heads: slice | Tensor, lengths: Tensor) -> None:
         self.lengths[heads] = lengths

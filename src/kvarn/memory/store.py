@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..formats import Columns, Dense, Format
 from .pool import PAGE_OVERHEAD, Arena, Pool, Tier
-from .segment import HEAD_OVERHEAD, TABLE_ENTRY, Parked, Segment, joined, pick
+from .segment import EVERY, HEAD_OVERHEAD, TABLE_ENTRY, Parked, Segment, joined, pick
 
 
 @dataclass(frozen=True)
@@ -229,16 +229,16 @@ class Side:
         self.settled.append(heads, self.settled.encode(heads, self._front(heads, first)), ripe)
         self.tail.pop_front(heads, ripe)
 
-    def read(self, heads: slice | Tensor, index: Tensor | None = None) -> Tensor:
+    def read(self, heads: slice | Tensor, index: Tensor | None = None, channels: slice = EVERY) -> Tensor:
         """The tokens of each head, settled ones first: [R, longest, size]; with ``index`` (int64 [R, m] on the device)
-        only these, [R, m, size], and nothing else is decoded."""
+        only these, [R, m, size], and nothing else is decoded; of each only the numbers ``channels``."""
         if index is not None:
-            return self._read_at(heads, index)
-        tail = self.tail.decode(heads)
+            return self._read_at(heads, index)[..., channels]
+        tail = self.tail.decode(heads, channels=channels)
         if self.settled is None or not self.settled.span(heads)[1]:
             return tail
         longest = int(self.lengths[heads].max())
-        return joined(self.settled.decode(heads), tail, self.settled.lengths[heads], longest)
+        return joined(self.settled.decode(heads, channels=channels), tail, self.settled.lengths[heads], longest)
 
     def take(self, heads: slice | Tensor, index: Tensor, counts: Tensor) -> None:
         """Keeps tokens ``index`` of each head, in that order (see ``Segment.take``).
@@ -369,10 +369,13 @@ class Store:
         if self.columns:
             self.columns.put(self.columns.next_slots(heads), dict(columns))
 
-    def put_token(self, heads: slice, keys: Tensor, values: Tensor) -> None:
-        """Writes the keys and values ([R, size]) of the entry that ``open_token`` made room for."""
-        self.keys.tail.put(self._key_slots[heads], self.keys.tail.format.encode(keys))
-        self.values.tail.put(self._value_slots[heads], self.values.tail.format.encode(values))
+    def put_token(
+        self, heads: slice, keys: Tensor, values: Tensor, channels: tuple[slice, slice] = (EVERY, EVERY)
+    ) -> None:
+        """Writes the keys and values ([R, size]) of the entry that ``open_token`` made room for, or of either these
+        ``channels``."""
+        self.keys.tail.put(self._key_slots[heads], self.keys.tail.format.encode(keys), channels[0])
+        self.values.tail.put(self._value_slots[heads], self.values.tail.format.encode(values), channels[1])
 
     def settle(self, heads: slice | Tensor) -> None:
         """Encodes what has grown old enough for its format."""
@@ -394,8 +397,7 @@ class Store:
 
     def read_columns(self, heads: slice | Tensor) -> dict[str, Tensor]:
         """All columns of each head, [R, longest, *shape] each."""
-        assert self.columns is not None
-        return self.columns.read(heads)
+        return self.columns.read(heads) if self.columns else {}
 
     def read_column(self, heads: slice | Tensor, name: str, index: Tensor | None = None) -> Tensor:
         """One column of each head, [R, longest, *shape], or of entries ``index`` alone (as in ``read``)."""

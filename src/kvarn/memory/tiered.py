@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .pool import Arena
-from .segment import Segment, joined, pick
+from .segment import EVERY, Segment, joined, pick
 from .store import Layout, Store, StoreLayout
 
 
@@ -95,8 +95,10 @@ class TieredStore(Store):
     def open_token(self, columns: Mapping[str, Tensor], heads: slice | Tensor | None = None) -> None:
         self.high.open_token(columns, heads)
 
-    def put_token(self, heads: slice, keys: Tensor, values: Tensor) -> None:
-        self.high.put_token(heads, keys, values)
+    def put_token(
+        self, heads: slice, keys: Tensor, values: Tensor, channels: tuple[slice, slice] = (EVERY, EVERY)
+    ) -> None:
+        self.high.put_token(heads, keys, values, channels)
 
     def settle(self, heads: slice | Tensor) -> None:
         self.low.settle(heads)
@@ -110,6 +112,13 @@ class TieredStore(Store):
 
     def read_keys(self, heads: slice | Tensor, index: Tensor | None = None) -> Tensor:
         return self._either(heads, index, lambda store, at: store.read_keys(heads, at))
+
+    def read_channels(self, heads: slice | Tensor, keys: slice, values: slice) -> tuple[Tensor, Tensor]:
+        """As ``read``, but of each key only the numbers ``keys``, of each value the numbers ``values``."""
+        return (
+            self._either(heads, None, lambda store, at: store.keys.read(heads, at, keys)),
+            self._either(heads, None, lambda store, at: store.values.read(heads, at, values)),
+        )
 
     def read_columns(self, heads: slice | Tensor) -> dict[str, Tensor]:
         low, high = self.low.read_columns(heads), self.high.read_columns(heads)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..budgets import Policy
+from ..bundles import Bundle
 from ..calibration import Calibration
 from ..errors import CalibrationError
 from ..formats import Channels
@@ -28,8 +29,9 @@ class Method:
 
     A method answers for the decisions it makes and leaves the others alone: ``eviction`` and ``rows`` what to keep,
     ``budget`` how much in each head, ``channels`` which numbers of a key, ``encoding`` or ``precision`` in which
-    format, ``selection`` which entries a query reads, ``propagation`` which tokens of a prompt go through all layers,
-    ``blocks`` how many are read at once. Methods that leave each other's decisions alone combine with ``+``.
+    format, ``bundle`` what neighbouring layers keep together, ``selection`` which entries a query reads,
+    ``propagation`` which tokens of a prompt go through all layers, ``blocks`` how many are read at once. Methods that
+    leave each other's decisions alone combine with ``+``.
     """
 
     name: ClassVar[str]
@@ -71,6 +73,10 @@ class Method:
 
     def precision(self, layer: LayerSpec, dtype: torch.dtype) -> Precision | None:
         """Which entries of a layer are kept in which of two formats; None: all in the one of ``encoding``."""
+        return None
+
+    def bundle(self) -> Bundle | None:
+        """What neighbouring layers keep together; None: nothing. ``told_apart`` says which layers do."""
         return None
 
     def selection(self) -> Selection | None:
@@ -121,6 +127,8 @@ class Method:
             made.add("select")
         if type(self).propagation is not Method.propagation:
             made.add("carry")
+        if type(self).bundle is not Method.bundle:
+            made.add("share")
         if type(self).blocks is not Method.blocks:
             made.add("read")
         return made

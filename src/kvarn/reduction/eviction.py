@@ -70,9 +70,8 @@ class Eviction:
             entries, capacity = entries.sum(-1), capacity.sum(-1)
         return bool((entries <= capacity).all())
 
-    def keep(self, view: PromptView, capacity: Tensor) -> Tensor:
-        """Which candidates stay in a layer, bool [B, K, n]. ``capacity`` is int64 [B, K], on the host."""
-        scores = self.score.prompt(view)
+    def keep(self, view: PromptView, capacity: Tensor, scores: Tensor) -> Tensor:
+        """Which candidates of ``scores`` stay in a layer, both [B, K, n]. ``capacity`` is int64 [B, K], on the host."""
         capacity = capacity.clamp(max=scores.shape[-1]).to(scores.device)
         recent = self.recent + (capacity * self.recent_share).long()
         protect = view.among_last(recent) | (view.positions < self.sinks)
