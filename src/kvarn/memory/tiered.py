@@ -98,6 +98,10 @@ class TieredStore(Store):
     def put_token(self, heads: slice, keys: Tensor, values: Tensor) -> None:
         self.high.put_token(heads, keys, values)
 
+    def wait(self, waits: bool) -> None:
+        self.low.wait(waits)
+        self.high.wait(waits)
+
     def settle(self, heads: slice | Tensor) -> None:
         self.low.settle(heads)
         self.high.settle(heads)
