@@ -156,5 +156,5 @@ def test_on_a_real_text_two_bits_of_differences_are_closer_than_two_of_inputs_in
             predictions.append(torch.cat(steps).double().log_softmax(-1))
     full, differences, inputs = predictions
     divergence = [float((full.exp() * (full - found)).sum(-1).mean()) for found in (differences, inputs)]
-    assert tokens[1] < 0.9 * tokens[2]
-    assert divergence[0] < 0.8 * divergence[1], divergence
+    assert tokens[1] < tokens[2]
+    assert divergence[0] < 0.85 * divergence[1]
