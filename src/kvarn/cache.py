@@ -434,7 +434,7 @@ class Cache(TransformersCache, Reader):
         policy = self.recipe.policy
         if not isinstance(policy, Cascade) or bool((plan.capacity >= step.after[:, None]).all()):
             return
-        # Cutting a layer breaks the blocks of formats, so what they take is not known exactly.
+        # Layers are cut before they are encoded, and what they leave in open pages is not known exactly.
         planner = self._planner(step.after, empty=False)
         preferences = torch.zeros(plan.capacity.shape[:2], dtype=torch.float64)
 
@@ -446,7 +446,7 @@ class Cache(TransformersCache, Reader):
             self.plan = planner.planned(capacity)
 
         for group in self._groups:
-            group.divide = divide
+            group.share(divide)
 
     def _before(self, batch: int) -> Tensor:
         """Real tokens of each of ``batch`` sequences so far, int64 [B]."""
@@ -490,7 +490,6 @@ class Cache(TransformersCache, Reader):
         assert self._step is not None
         self._carry_all()
         for group in self._groups:
-            group.divide = None
             if not self._decoding:
                 group.end_prompt()
             elif not self._opened:

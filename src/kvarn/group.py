@@ -106,8 +106,7 @@ class LayerGroup:
         self._capacity = torch.zeros((self.layers, batch, layer.kv_heads), dtype=torch.int64)  # of each slot
         self.prompted = torch.zeros(batch, dtype=torch.int64)  # tokens of each sequence up to its last prompt's end
         self._decoded: Tensor  # tokens of each sequence since then, int64 [B] on the device, in a decoding step
-        # Called with a layer and its view before what it keeps is decided, where layers share by what they show.
-        self.divide: Callable[[int, PromptView], None] | None = None
+        self.divide: Callable[[int, PromptView], None] | None = None  # of the prompt under way: see ``share``
         self.selector: Selector | None = None  # where queries read only some of what is stored
         self._place = {number: place // layer.depth for place, number in enumerate(numbers)}
         self._even = [False] * self.layers  # whether the heads of a layer hold equally many entries
@@ -256,7 +255,19 @@ class LayerGroup:
 
     def end_prompt(self) -> None:
         """After the last layer."""
+        if self.divide is not None:
+            self.divide = None
+            self.arena.note_peak()
+            self.store.wait(False)
+            self.store.settle(self.everyone)
         self.store.note_spans()
+
+    def share(self, divide: Callable[[int, PromptView], None]) -> None:
+        """Before a prompt whose layers share the budget by what they show: ``divide`` is told a layer and its view
+        before what the layer keeps is decided, and may shrink others. Until the prompt's end all is kept dense, so that
+        what is cut or merged several times is encoded once."""
+        self.divide = divide
+        self.store.wait(True)
 
     def shrink(self, capacity: Tensor, before: int, after: Tensor) -> None:
         """Takes on another ``capacity`` in the middle of a prompt up to ``after`` (int64 [B]) tokens; the layers before

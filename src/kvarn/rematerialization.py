@@ -141,7 +141,7 @@ class LayerDifferences(LayerInputs):
 
 
 def encoded(layer: LayerSpec, bits: int, group: int, dtype: torch.dtype) -> tuple[SideLayout, SideLayout]:
-    """How rows of ``layer`` are quantized: latents of keys per channel in blocks of ``group`` tokens, the newest of which
+    """How rows of ``layer`` are quantized: latents of keys per channel in blocks of ``group`` tokens, of which the last
     stays exact, all else per token in groups of as many numbers, or of the largest divisor that these have in common
     with the width."""
     layer = kept(layer)

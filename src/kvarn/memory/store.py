@@ -160,6 +160,7 @@ class Side:
         self.layout = layout
         self.tail = Segment(arena.pool(layout.dense), heads)
         self.settled = Segment(arena.pool(layout.format, layout.tier), heads, layers) if layout.settles else None
+        self.waits = False  # nothing settles for now
 
     @property
     def segments(self) -> list[Segment]:
@@ -171,7 +172,7 @@ class Side:
 
     def pages_to_append(self, heads: slice | Tensor, counts: Tensor) -> list[tuple[Segment, int]]:
         """Pages that ``append`` would allocate in each segment."""
-        if self.settled is None:
+        if self.settled is None or self.waits:
             return [(self.tail, self.tail.pages_to_extend(heads, counts))]
         tail = self.tail.lengths[heads]
         ripe = self.layout.ripe(tail + counts)
@@ -194,13 +195,13 @@ class Side:
 
     def pages_to_settle(self, heads: slice | Tensor) -> list[tuple[Segment, int]]:
         """Pages that ``settle`` would allocate."""
-        if self.settled is None:
+        if self.settled is None or self.waits:
             return []
         return [(self.settled, self.settled.pages_to_extend(heads, self.layout.ripe(self.tail.lengths[heads])))]
 
     def append(self, heads: slice | Tensor, x: Tensor, counts: Tensor) -> None:
         """Appends ``x`` ([R, n, size], the first ``counts`` of each row); what is ripe goes straight to its format."""
-        if self.settled is None:
+        if self.settled is None or self.waits:
             self.tail.append(heads, self.tail.format.encode(x), counts)
             return
         if int(self.tail.lengths[heads].max()):
@@ -217,7 +218,7 @@ class Side:
 
     def settle(self, heads: slice | Tensor) -> None:
         """Moves ripe tokens from the tail to the settled segment."""
-        if self.settled is None:
+        if self.settled is None or self.waits:
             return
         ripe = self.layout.ripe(self.tail.lengths[heads])
         some = torch.nonzero(ripe).flatten()
@@ -376,6 +377,10 @@ class Store:
         ``channels``."""
         self.keys.tail.put(self._key_slots[heads], self.keys.tail.format.encode(keys), channels[0])
         self.values.tail.put(self._value_slots[heads], self.values.tail.format.encode(values), channels[1])
+
+    def wait(self, waits: bool) -> None:
+        """While it waits, what is new stays dense and nothing settles, since it will be cut or merged again."""
+        self.keys.waits = self.values.waits = waits
 
     def settle(self, heads: slice | Tensor) -> None:
         """Encodes what has grown old enough for its format."""

@@ -100,6 +100,10 @@ class TieredStore(Store):
     ) -> None:
         self.high.put_token(heads, keys, values, channels)
 
+    def wait(self, waits: bool) -> None:
+        self.low.wait(waits)
+        self.high.wait(waits)
+
     def settle(self, heads: slice | Tensor) -> None:
         self.low.settle(heads)
         self.high.settle(heads)
