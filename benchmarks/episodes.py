@@ -44,13 +44,15 @@ def main() -> None:
     }
     rows, talk = {}, None
     for name, recipe in recipes.items():
-        talk = kvarn.Episodes(model, tokenizer, CONVERSATION, recipe, ENTRIES, excerpts=1)
-        losses = [[_loss(model, tokenizer, cache, *pair) for cache in talk.caches] for *pair, _ in QUESTIONS]
+        talk = kvarn.Episodes(model, tokenizer, CONVERSATION, recipe, ENTRIES, excerpts=1, on_host=True)
+        losses = []
+        for topic in range(len(talk.caches)):
+            losses.append([_loss(model, tokenizer, talk.cache(topic), *pair) for *pair, _ in QUESTIONS])
         topics = [talk.topic(question) for question, _, _ in QUESTIONS]
-        mine = [row[topic] for row, topic in zip(losses, topics, strict=True)]
-        others = [x for row, topic in zip(losses, topics, strict=True) for i, x in enumerate(row) if i != topic]
-        rows[f"topic ({name})"] = _row(mine, talk.caches[0])
-        rows[f"others ({name})"] = _row(others, talk.caches[0])
+        mine = [losses[topic][question] for question, topic in enumerate(topics)]
+        others = [x for topic, row in enumerate(losses) for x, own in zip(row, topics, strict=True) if own != topic]
+        rows[f"topic ({name})"] = _row(mine, talk.caches[-1])
+        rows[f"others ({name})"] = _row(others, talk.caches[-1])
     for name, recipe, budget, block in (
         ("full", "full", None, None),
         ("full in blocks", "full", None, BLOCK),
