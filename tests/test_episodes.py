@@ -106,6 +106,17 @@ def test_generate_goes_on_from_an_episode(four) -> None:
     assert cache.get_seq_length() == ids.shape[1] + 3
 
 
+def test_episodes_that_wait_on_the_host_answer_the_same(four) -> None:
+    waiting = episodes(excerpts=1, before="A talk.\n", on_host=True)
+    assert sum(report.bytes > 10_000 for report in waiting.reports()) == 1
+    assert waiting.reports()[0].peak_bytes < 0.5 * four.reports()[0].peak_bytes
+    for question, _, _ in QUESTIONS[::3]:
+        tokens = Words()(question).input_ids[0].tolist()
+        (own, other) = (answer(talk.model, talk.route(question), tokens, 4).tokens for talk in (four, waiting))
+        assert own == other
+        assert sum(report.bytes > 10_000 for report in waiting.reports()) == 1
+
+
 def test_more_of_the_conversation() -> None:
     talk = episodes(count=2)
     tokens = talk.ids.shape[1]

@@ -14,6 +14,7 @@ import kvarn
 from kvarn.budgets import check_budget, parse_bytes
 from kvarn.errors import BudgetError, RecipeError
 from kvarn.methods import METHODS, Method
+from kvarn.methods.epicache import EpiCache
 from kvarn.methods.full import Full
 from kvarn.methods.gear import GEAR
 from kvarn.methods.h2o import H2O
@@ -427,7 +428,9 @@ formats_in_blocks = st.builds(
     st.sampled_from([4, 8, 16]),
     st.integers(1, 4),
 )
-evictors = st.sampled_from([SnapKV(window=8), H2O(), H2O(interval=1), H2O(interval=5), Window(), Window(sinks=0)])
+evictors = st.sampled_from(
+    [SnapKV(window=8), H2O(), H2O(interval=1), H2O(interval=5), Window(), Window(sinks=0), EpiCache(block=24, tail=8)]
+)
 
 
 @settings(max_examples=25)

@@ -16,6 +16,7 @@ from .budgets import Budget
 from .cache import Cache
 from .clustering import kmeans
 from .errors import RecipeError
+from .memory import Arena
 from .methods import Method
 from .recipe import Recipe
 from .report import Report
@@ -24,6 +25,7 @@ Conversation = Sequence[tuple[str, str]]  # who said what
 Encoder = Callable[[Sequence[str]], Tensor]  # texts -> [n, d]
 
 INSTRUCTION = "\n\nThe part of the conversation above that is about this:\n"
+_PAGE_SIZE = 16
 _LONGEST, _SHORTEST = 500, 10  # characters of an utterance, and of a piece of one, where windows are cut
 
 
@@ -35,7 +37,8 @@ class Episodes:
     ``count`` topics; ``window`` utterances are embedded together; the ``excerpts`` windows closest to a cluster's
     centre score for it. ``before`` is a text that the conversation follows (a system prompt, the beginning of a chat
     template), ``instruction`` what stands between it and the windows that score. ``encode``: the embedding; None: the
-    mean of the model's last hidden states.
+    mean of the model's last hidden states. ``on_host``: only one cache is on the device at a time, the others wait in
+    the host's memory.
 
     ``ids`` (int64 [1, n]) are all tokens that were read, ``texts`` the windows that score for each topic, ``centres``
     ([count, d]) those of the clusters, ``caches`` the caches. There are fewer topics where there are fewer windows.
@@ -56,13 +59,14 @@ class Episodes:
         before: str = "",
         instruction: str = INSTRUCTION,
         encode: Encoder | None = None,
+        on_host: bool = False,
     ):
         parsed = Recipe.parse(recipe)
         if parsed.tail is None:
             raise RecipeError(f"episodes need a recipe that is scored by a text, such as epicache, not {parsed}")
         if min(count, window, excerpts) < 1 or not conversation:
             raise RecipeError("episodes need something that was said, and count, window and excerpts of at least 1")
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.on_host = model, tokenizer, on_host
         self.encode = encode or _mean_states(model, tokenizer)
         windows = _windows(conversation, window)
         vectors = normalize(self.encode(windows).float().cpu(), dim=-1)
@@ -73,10 +77,9 @@ class Episodes:
             for topic, centre in enumerate(self.centres)
         ]
         self.ids = self._tokens(before + _rendered(conversation), add_special_tokens=not before)
-        self.caches = [
-            Cache(model, parsed, budget, text=self._tokens(instruction + text, add_special_tokens=False)[0])
-            for text in self.texts
-        ]
+        scoring = [self._tokens(instruction + text, add_special_tokens=False)[0] for text in self.texts]
+        arena = Arena(model.device, _PAGE_SIZE)
+        self.caches = [Cache(model, parsed, budget, text=text, arena=arena) for text in scoring]
         self._read(self.ids)
 
     def topic(self, question: str) -> int:
@@ -87,7 +90,15 @@ class Episodes:
     def route(self, question: str) -> Cache:
         """A fork of the cache of the closest topic, which keeps all that comes to it: the question and the answer. The
         episode's own cache stays as it is. Its next token is the one after ``ids``."""
-        return self.caches[self.topic(question)].fork(bounded=False)
+        return self.cache(self.topic(question)).fork(bounded=False)
+
+    def cache(self, topic: int) -> Cache:
+        """The cache of a topic, on the device."""
+        for number, cache in enumerate(self.caches):
+            if self.on_host and number != topic:
+                cache.to_host()
+        self.caches[topic].to_device()
+        return self.caches[topic]
 
     def extend(self, conversation: Conversation) -> None:
         """Reads more of the conversation into all caches, under their budgets; the topics stay as they are."""
@@ -96,13 +107,13 @@ class Episodes:
         self._read(new)
 
     def reports(self) -> list[Report]:
-        """What each cache holds."""
+        """What each cache holds on the device. They share their pools, so a peak is that of all together."""
         return [cache.report() for cache in self.caches]
 
     @torch.no_grad()
     def _read(self, ids: Tensor) -> None:
-        for cache in self.caches:
-            self.model.base_model(input_ids=ids.to(self.model.device), past_key_values=cache)
+        for topic in range(len(self.caches)):
+            self.model.base_model(input_ids=ids.to(self.model.device), past_key_values=self.cache(topic))
 
     def _tokens(self, text: str, add_special_tokens: bool) -> Tensor:
         return self.tokenizer(text, return_tensors="pt", add_special_tokens=add_special_tokens, verbose=False).input_ids

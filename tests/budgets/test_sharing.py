@@ -1,6 +1,7 @@
 """What heads can take that share entries: never less than any division takes."""
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,8 +10,22 @@ from hypothesis import strategies as st
 
 import kvarn
 from kvarn.budgets import most_on_average
+from kvarn.methods import Method
 from kvarn.recipe import Recipe
+from kvarn.reduction import Eviction
+from kvarn.scoring import WindowMass
 from tiny_models import make_tiny
+
+
+@dataclass(frozen=True)
+class AdaSnap(Method):
+    """SnapKV's votes, and heads that share what a layer keeps."""
+
+    name = "adasnap"
+
+    def eviction(self) -> Eviction:
+        return Eviction(WindowMass(8, 7, "max"), default=100, sinks=2, recent=8, across_heads=True)
+
 
 LAYER = kvarn.Cache(make_tiny("llama")).spec.layers[0]
 
@@ -61,3 +76,25 @@ def test_plans_hold_whatever_the_division(budget: float, encode: str) -> None:
     if not encode:
         capacity = cache.plan.capacity[:, 0].sum(1)
         assert torch.equal(torch.tensor(report.entries)[:, 0].sum(1), capacity.clamp(max=380))
+
+
+@torch.no_grad()
+def test_another_score_may_be_shared_over_heads_too() -> None:
+    model = make_tiny("llama")
+    prompt = torch.randint(1, 160, (1, 190))
+    shared, alone = kvarn.Cache(model, AdaSnap(), 40), kvarn.Cache(model, "snapkv(window=8)", 40)
+    for cache in (shared, alone):
+        model(prompt, past_key_values=cache)
+    entries = torch.tensor(shared.report().entries)[:, 0]
+    assert entries.sum(1).tolist() == [80] * 4
+    assert bool((entries != 40).any())
+    group = shared._groups[0]
+    for row, length in zip(
+        group.store.read_column(group.everyone, "position").tolist(), group.store.lengths.tolist(), strict=True
+    ):
+        assert {0, 1, *range(182, 190)} <= set(row[:length])
+    for _ in range(3):  # decoding keeps what comes in every head
+        model(prompt[:, :1], past_key_values=shared)
+    assert torch.equal(torch.tensor(shared.report().entries)[:, 0], entries + 3)
+    with pytest.raises(AssertionError, match="end of prompts only"):
+        Eviction(WindowMass(8, 7, "max"), default=100, across_heads=True, decode=True)

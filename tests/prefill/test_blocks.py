@@ -202,3 +202,21 @@ def test_a_fork_that_is_not_bounded_keeps_what_comes(recipe) -> None:
     fork.reset()
     model(PROMPT, past_key_values=fork)
     assert torch.tensor(fork.report().entries).sum() == held.sum()
+
+
+@pytest.mark.parametrize("chunk", [None, 10, 25, 60])
+def test_the_engine_reads_the_same_blocks(chunk) -> None:
+    model, recipe = make_tiny("llama"), "epicache(block=25, tail=8)"
+    engine = kvarn.Engine(model, recipe, 0.5, prefill_chunk=chunk, step_tokens=40)
+    prompts = [PROMPT[0], PROMPT[0, :51]]
+    outputs = engine.generate([prompt.tolist() for prompt in prompts], kvarn.Sampling(max_tokens=8))
+    for prompt, output in zip(prompts, outputs, strict=True):
+        cache = kvarn.Cache(model, recipe, 0.5)
+        own = model.generate(
+            prompt[None],
+            attention_mask=torch.ones_like(prompt[None]),
+            past_key_values=cache,
+            max_new_tokens=8,
+            do_sample=False,
+        )
+        assert output.tokens == own[0, len(prompt) :].tolist()

@@ -30,7 +30,8 @@ class Engine:
     ``model``, ``recipe`` and ``budget`` as for ``Cache``; the budget is that of each sequence. ``memory``: bytes
     ("8GiB") of pages for all sequences together (None: no ceiling). ``tokenizer``: for prompts and answers as text.
     ``max_batch``: sequences that run at once. ``prefill_chunk``: tokens of a prompt in one pass (None: all), as for
-    ``generate(prefill_chunk_size=…)`` with a cache that was told by ``expect``; ``step_tokens``: after so many of them
+    ``generate(prefill_chunk_size=…)`` with a cache that was told by ``expect``, or whole blocks where the recipe reads
+    prompts in blocks; ``step_tokens``: after so many of them
     a step ends. ``preemption``: what happens to the newest sequences when memory is short: "host" moves their
     pages to the host's memory, "recompute" reads prompt and answer again later; either way nothing is lost.
 
@@ -58,8 +59,11 @@ class Engine:
         self.recipe, self.spec = self._batch.recipe, self._batch.spec
         if prefill_chunk is not None and self.recipe.propagation is not None:
             raise Unsupported(f"{self.recipe} chooses tokens of a whole prompt, so prompts cannot be read in chunks")
+        self._block = self.recipe.block
+        if self._block and prefill_chunk is not None:
+            prefill_chunk = max(prefill_chunk // self._block, 1) * self._block
         self._chunk, self._step_tokens = prefill_chunk, step_tokens
-        self._sizes = Sizes(self.recipe, self.spec, budget, page_size, prefill_chunk)
+        self._sizes = Sizes(self.recipe, self.spec, budget, page_size, self._block or prefill_chunk)
         self._scheduler = Scheduler(self.arena, self._sizes, max_batch)
         self._runner = Runner(model)
         self._ends = frozenset(end_tokens(model))
@@ -202,7 +206,10 @@ class Engine:
         if request.cache is None:
             request.cache = self._batch.empty()
             request.cache.expect(len(request.prompt))
-        count = min(self._chunk or len(request.prompt), len(request.prompt) - request.read)
+        left = len(request.prompt) - request.read
+        count = min(self._chunk or left, left)
+        if self._block:  # the cache cuts prompts into blocks from their end on: chunks are whole blocks
+            count = (left - 1) % (self._chunk or left) + 1
         logits = self._runner.read(request.cache, request.prompt[request.read : request.read + count])
         request.read += count
         if not request.reading:
