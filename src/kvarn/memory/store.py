@@ -314,6 +314,11 @@ class Store:
             yield self.columns
         yield from self.beside.values()
 
+    @property
+    def away(self) -> bool:
+        """Whether some of it is in the host's memory."""
+        return any(segment.pool.tier == "host" for segment in self.segments)
+
     # -- growing ------------------------------------------------------------------------------------------------
 
     @property
