@@ -165,9 +165,8 @@ class ChunkGroup(JointGroup):
         held = None
         if number in self._last:
             before, held = self._last[number]
-            place = torch.full(
-                (*chunks.shape[:2], int(self._settled(self.heads(number)).max())), -1, device=chunks.device
-            )
+            count = int(self.store.beside["means"].lengths[self.heads(number)].max())
+            place = torch.full((*chunks.shape[:2], count), -1, device=chunks.device)
             place.scatter_(2, before, torch.arange(before.shape[2], device=chunks.device).expand_as(before))
             place = place.gather(2, chunks)
             missing = place < 0

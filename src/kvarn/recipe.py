@@ -116,7 +116,7 @@ class Recipe:
     def extends(self, spec: ModelSpec) -> bool:
         """Whether texts may be longer than the positions of the model."""
         reaches = [s.reach if (s := self.selection(layer)) else None for layer in spec.layers if layer.window is None]
-        return all(reach is not None and reach <= (spec.max_positions or reach) for reach in reaches)
+        return bool(reaches) and all(reach is not None and reach <= (spec.max_positions or reach) for reach in reaches)
 
     def alike(self, layer: LayerSpec, dtype: torch.dtype) -> bool:
         """Whether the heads of ``layer`` hold the same tokens in the same order."""
