@@ -139,6 +139,20 @@ def test_of_what_another_method_keeps_fewer_are_read():
     assert layer.group.store.lengths.tolist() == [31, 31]
 
 
+def test_a_choice_is_forgotten_when_entries_move():
+    tokens = random_tokens(60)
+    layer = OneLayer("tokenselect(sinks=2, local=4, count=5, chunk=4, threshold=-1.0) + mikv(ratio=0.3, low=8)")
+    layer.prompt(*split(tokens, 0, 50))
+    known = []
+    for t in range(50, 60):
+        before = layer.group.store.low.lengths.clone()
+        layer.token(*split(tokens, t, t + 1))
+        moved = bool((layer.group.store.low.lengths != before).any())
+        known.append(bool(layer.group.selector.state["known"].all()))
+        assert known[-1] != moved
+    assert set(known) == {True, False}
+
+
 def test_everything_stays_and_its_bytes():
     model = make_tiny("llama")
     full, cache = kvarn.Cache(model), kvarn.Cache(model, "tokenselect(sinks=2, local=8, count=20, chunk=8)")
