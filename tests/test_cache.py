@@ -14,6 +14,7 @@ from kvarn.methods.duoattention import DuoAttention
 from kvarn.methods.kivi import KIVI
 from kvarn.methods.prefixkv import PrefixKV
 from kvarn.methods.razorattention import RazorAttention
+from kvarn.methods.sentencekv import SentenceKV
 from learnt import kvquant, rotatekv
 from tiny_models import TINY, make_tiny
 
@@ -26,6 +27,8 @@ RAZOR = RazorAttention(sinks=2, buffer=12, echo=0.125, induction=0.25, interval=
     {"echo": HEADS, "induction": 1 - HEADS}
 )
 PREFIX = PrefixKV(distance=8).with_learnt({"kept": torch.tensor([[0.0] * 4, [0.4, 0.3, 0.1, 0.2], [1.0] * 4]).double()})
+ENDS = {"ends": torch.tensor([7, 30, 51, 88, 101, 140])}
+SENTENCES = SentenceKV(count=16, factor=2.5, window=8, first=2, recent=4).with_learnt(ENDS)
 RECIPES = [
     ("full", None),
     ("window", 0.5),
@@ -86,6 +89,10 @@ RECIPES = [
     ("tokenselect(sinks=2, local=8, count=16, chunk=8) + mikv(ratio=0.3, low=8)", None),
     ("snapkv(window=8) + tokenselect(sinks=2, local=8, count=10, chunk=8)", 0.5),
     ("h2o + tokenselect(sinks=2, local=8, count=10, chunk=8, pooling=3)", 0.5),
+    ("shadowkv(chunk=4, rank=24, count=16, local=2, outliers=2)", None),
+    (SENTENCES, None),
+    (SENTENCES, 0.7),
+    (SENTENCES + KIVI(bits=8, group=16, residual=16), 0.7),
     ("chelsea(chunk=8, sinks=2, recent=4, block=2)", 0.5),
     ("chelsea(chunk=8, sinks=2, recent=4, block=2) + kivi(bits=8, group=4, residual=16)", 0.5),
     ("epicache(block=25, tail=8)", 0.5),
@@ -225,8 +232,9 @@ def test_the_prompt_is_stored_within_the_budget_and_every_page_comes_back(recipe
     arena = cache._arena
     if cache.recipe.propagation is None:
         # Layers that were cut in the middle of a prompt, heads that share what a layer keeps, and layers that share
-        # directions may hold less.
+        # directions may hold less, and of sentences there are as many as entries at most.
         most = isinstance(cache.recipe.policy, Cascade) or cache.recipe.block or "minicache" in cache.recipe.names
+        most = most or any(group.store.beside for group in cache._groups)
         assert report.bytes <= cache.plan.bytes[0] if most else report.bytes == cache.plan.bytes[0]
     assert budget is None or report.bytes <= cache.plan.allowed[0]
     assert report.bytes == arena.bytes + report.by_format["tables"] + report.by_format.get("bases", 0)

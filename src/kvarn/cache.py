@@ -14,6 +14,7 @@ from .attention.reference import Variant
 from .attention.rotary import Rotary
 from .budgets import UNBOUNDED, Budget, Cascade, check_budget
 from .bundled_group import BundledGroup
+from .chunk_group import ChunkGroup
 from .errors import CacheMismatch, PromptTooLong, RecipeError, Unsupported
 from .group import Fresh, LayerGroup, Step
 from .input_group import InputGroup
@@ -26,8 +27,10 @@ from .recipe import Recipe
 from .rematerialization import inputs_of
 from .report import Report
 from .scoring import PromptView
+from .selection import Chunks
 from .spec import LayerSpec, ModelSpec
 from .tiered_group import TieredGroup
+from .tokens import hand_over_tokens
 
 
 class Cache(TransformersCache, Reader):
@@ -78,6 +81,9 @@ class Cache(TransformersCache, Reader):
         self._exemption = self.recipe.exemption
         if self._exemption and self._exemption.reads_inputs:
             hand_over_inputs(model, self.spec)
+        self._sentence_ends = self.recipe.sentence_ends(self.spec)
+        if self._sentence_ends is not None:
+            hand_over_tokens(model)
         _use_kvarn(model)
         self._config = model.config.get_text_config(decoder=True)
         self.plan: Plan | None = None
@@ -90,6 +96,7 @@ class Cache(TransformersCache, Reader):
         self._passed: Tensor  # the same with padding
         self._expected: Tensor  # int64 [] or [B] on the host: real tokens at the end of the prompt that was announced
         self._input: Tensor | None  # of the layer that comes next
+        self._ids: Tensor | None  # tokens of the pass that comes next, where the recipe asks for them
         self._forget()
 
     # -- what transformers calls --------------------------------------------------------------------------------
@@ -115,6 +122,12 @@ class Cache(TransformersCache, Reader):
         """What enters the whole layer that comes next, [B, q, size], where that decides which tokens stay exact."""
         if self._exemption and self._exemption.reads_inputs:
             self._input = inputs
+
+    def take_tokens(self, tokens: Tensor | None) -> None:
+        """The ids [B, q] of the pass that comes next (None: the model was given embeddings), where the recipe asks for
+        them."""
+        if self._sentence_ends is not None:
+            self._ids = tokens
 
     @torch.no_grad()
     def attend(
@@ -384,6 +397,7 @@ class Cache(TransformersCache, Reader):
         self.following = None
         self._bounded = True  # whether the budget binds
         self._input = None
+        self._ids = None
         self._decoding = False
         self._next_layer = 0
         self._expected = torch.tensor(0)
@@ -405,7 +419,7 @@ class Cache(TransformersCache, Reader):
         if self._closing is not None:
             raise CacheMismatch("the last step was opened by hand: call settle() before the next pass")
         before = self._before(batch)
-        step = self._opened or _step(before, tokens, mask.valid, keys.device, following)
+        step = self._with_ends(self._opened or _step(before, tokens, mask.valid, keys.device, following))
         decoding = bool(self._groups) and tokens == 1 and not step.padded and not self.expecting
         if self._opened and not decoding:
             raise CacheMismatch("room was made for a decoding step, and another pass came")
@@ -428,6 +442,17 @@ class Cache(TransformersCache, Reader):
         self._arena.require(by_pool([needed for group in self._groups for needed in group.pages_to_open()]))
         for group in self._groups:
             group.begin_token(step)
+
+    def _with_ends(self, step: Step) -> Step:
+        """``step`` with the tokens that end a sentence, where the recipe asks for it."""
+        if self._sentence_ends is None:
+            return step
+        ids, self._ids = self._ids, None
+        if ids is None:
+            raise Unsupported(f"{self.recipe} needs token ids, and the model was given embeddings: give it input_ids")
+        real = step.positions >= 0
+        ids = ids[:, : real.shape[1]]
+        return replace(step, ends=torch.isin(ids.to(real.device), self._sentence_ends.to(real.device)) & real)
 
     def _cascade(self, plan: Plan, step: Step) -> None:
         """Where layers share the budget by what they show: has them tell, and divides it anew after each of them."""
@@ -515,6 +540,9 @@ class Cache(TransformersCache, Reader):
         if self._layer_inputs and layer.window is None:
             inputs = [each for number in numbers if (each := self._layer_inputs[number])]
             return InputGroup(numbers, layer, layout, inputs, arena, batch)
+        selection = self.recipe.selection(layer)
+        if isinstance(selection, Chunks):
+            return ChunkGroup(numbers, layer, layout, selection, arena, batch, self._rotary)
         if self.recipe.joins and layer.window is None:
             return JointGroup(numbers, layer, layout, self._exemption, arena, batch, self._rotary)
         eviction = self.recipe.eviction(layer, self.spec.dtype)
@@ -525,7 +553,7 @@ class Cache(TransformersCache, Reader):
             group: LayerGroup = TieredGroup(numbers, layer, layout, eviction, precision, arena, batch, self._rotary)
         else:
             group = LayerGroup(numbers, layer, layout, eviction, arena, batch, self._rotary)
-        if selection := self.recipe.selection(layer):
+        if selection:
             group.select(selection, self.recipe.alike(layer, self.spec.dtype), self.spec.dtype)
         return group
 

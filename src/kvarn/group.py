@@ -605,6 +605,8 @@ class LayerGroup:
         if self.rotary and keys.shape[1]:
             places = self.store.read_column(heads, "position", index).long() if places is None else places
             keys = self.rotary.rotate(keys[:, None], places)[:, 0]
+        if self.store.away:
+            self.arena.note_peak(keys.nbytes + values.nbytes)
         return keys, values
 
     def _overwrite(self, heads: slice | Tensor, touched: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -634,7 +636,7 @@ class LayerGroup:
     def _reading(self, number: int, fresh: Fresh) -> Reading:
         place, step = self._place[number], fresh.step
         new = fresh.query, fresh.keys, fresh.values, step.positions, step.ends
-        return Reading(place, self.heads(number), self.store, *new, fresh.variant)
+        return Reading(place, self.heads(number), self.store, *new, fresh.variant, self._read)
 
     def _noted(self, heads: slice | Tensor, step: Step) -> dict[str, Tensor]:
         """The columns that a selection keeps of new tokens of these heads, [R, q] each."""

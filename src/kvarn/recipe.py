@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import rematerialization
@@ -59,7 +60,7 @@ class Recipe:
                 f"{owner['budget']} says how much each head may keep, and nothing here what: add a method that evicts, "
                 "as in 'snapkv'"
             )
-        if "select" in owner and (self.rematerializes or self.joins):
+        if "select" in owner and owner["select"] is not owner.get("keep") and (self.rematerializes or self.joins):
             raise RecipeError(
                 f"{owner['select']} reads some of the entries of a head, and {owner['keep']} reads the heads of a "
                 "layer together: leave one of them out"
@@ -112,10 +113,16 @@ class Recipe:
         """Which stored entries of ``layer`` a query reads; None: all, as in layers with a sliding window."""
         return next((s for m in self.methods if layer.window is None and (s := m.selection())), None)
 
+    def sentence_ends(self, spec: ModelSpec) -> Tensor | None:
+        """The tokens that end a sentence (int64), where it matters."""
+        found = next((s for layer in spec.layers if (s := self.selection(layer))), None)
+        ends = None if found is None else found.sentence_ends
+        return None if ends is None else torch.tensor(sorted(ends), dtype=torch.int64)
+
     def extends(self, spec: ModelSpec) -> bool:
         """Whether texts may be longer than the positions of the model."""
         reaches = [s.reach if (s := self.selection(layer)) else None for layer in spec.layers if layer.window is None]
-        return all(reach is not None and reach <= (spec.max_positions or reach) for reach in reaches)
+        return bool(reaches) and all(reach is not None and reach <= (spec.max_positions or reach) for reach in reaches)
 
     def alike(self, layer: LayerSpec, dtype: torch.dtype) -> bool:
         """Whether the heads of ``layer`` hold the same tokens in the same order."""
@@ -188,6 +195,8 @@ class Recipe:
             return BoundedLayout(exact, kept, self.bundle.exact_share)
         if isinstance(eviction, Merging):
             raise RecipeError(f"{self}: entries that stand for several cannot be kept in two precisions")
+        if selection and selection.beside(layer, dtype):
+            raise RecipeError(f"{self}: what is chosen by landmarks cannot be kept in two precisions")
         columns |= precision.columns
         high, low = (
             StoreLayout(*(selection.sides(*sides) if selection else sides), Columns(columns), page_size)

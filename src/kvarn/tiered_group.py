@@ -60,6 +60,8 @@ class TieredGroup(LayerGroup):
         some = torch.nonzero(excess > 0).flatten()
         if not some.numel():
             return
+        if self.selector:
+            self.selector.moved()
         chosen = some + heads.start if isinstance(heads, slice) else heads[some]
         device = self.arena.device
         recent = (self.precision.recent_share * allowed[some]).long()

@@ -10,10 +10,12 @@ from torch import Tensor
 import kvarn
 from kvarn.attention import Variant
 from kvarn.attention.rotary import Rotary
+from kvarn.chunk_group import ChunkGroup
 from kvarn.group import Fresh, LayerGroup, Step
 from kvarn.joint_group import JointGroup
 from kvarn.memory import Arena
 from kvarn.methods import Method
+from kvarn.selection import Chunks
 from kvarn.spec import LayerSpec
 from kvarn.tiered_group import TieredGroup
 from tiny_models import make_tiny
@@ -32,15 +34,18 @@ class OneLayer:
         eviction = parsed.eviction(LAYER, torch.float32)
         arena, precision = Arena(torch.device(device), 4), parsed.precision(LAYER, torch.float32)
         rotary = Rotary(make_tiny("llama")) if layout.before_rope else None
-        if parsed.joins:
+        selection = parsed.selection(LAYER)
+        if isinstance(selection, Chunks):
+            self.group = ChunkGroup([0], LAYER, layout, selection, arena, 1, rotary)
+        elif parsed.joins:
             self.group = JointGroup([0], LAYER, layout, parsed.exemption, arena, 1, rotary)
         elif precision:
             self.group = TieredGroup([0], LAYER, layout, eviction, precision, arena, 1, rotary)
         else:
             self.group = LayerGroup([0], LAYER, layout, eviction, arena, 1, rotary)
-        if selection := parsed.selection(LAYER):
+        if selection and not isinstance(selection, Chunks):
             self.group.select(selection, parsed.alike(LAYER, torch.float32), torch.float32)
-        self.group.capacity = torch.full((1, 1, KV_HEADS), capacity)
+        self.group.capacity = torch.full_like(self.group.capacity, capacity)
         self.seen = 0
 
     def prompt(self, query: Tensor, keys: Tensor, values: Tensor, ends: Tensor | None = None) -> Tensor:

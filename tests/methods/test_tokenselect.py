@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from one_layer import GROUP, KV_HEADS, SIZE, OneLayer, random_tokens, split
+from rotation import rope, rotated
 
 import kvarn
 from drive import logits_of
@@ -17,17 +18,6 @@ from tiny_models import make_tiny
 PROMPT = torch.randint(1, 160, (1, 90), generator=torch.Generator().manual_seed(1))
 CONTINUATION = torch.randint(1, 160, (12,), generator=torch.Generator().manual_seed(2))
 SINKS, LOCAL, COUNT, CHUNK = 2, 8, 6, 8
-
-
-def rope(x: torch.Tensor, position: int) -> torch.Tensor:
-    """One vector at a position: pairs of channels (i, i + half) turned by their angles."""
-    half, out = SIZE // 2, x.clone()
-    for i in range(half):
-        angle = position * 10000 ** (-2 * i / SIZE)
-        a, b = float(x[i]), float(x[i + half])
-        out[i] = a * math.cos(angle) - b * math.sin(angle)
-        out[i + half] = b * math.cos(angle) + a * math.sin(angle)
-    return out
 
 
 class Naive:
@@ -90,10 +80,7 @@ def tokens_and_naive(count: int, **settings) -> tuple[list, Naive]:
     for t in range(1, count, 3):  # queries that resemble the one before
         query[:, :, t] = query[:, :, t - 1] + 0.3 * query[:, :, t]
     naive = Naive(query[0], keys[0], values[0], **settings)
-    rotated = [
-        torch.stack([rope(x[0, h, t], t) for h in range(x.shape[1]) for t in range(count)]) for x in (query, keys)
-    ]
-    return [rotated[0].view_as(query), rotated[1].view_as(keys), values], naive
+    return [rotated(query[0])[None], rotated(keys[0])[None], values], naive
 
 
 @pytest.mark.parametrize(
@@ -150,6 +137,20 @@ def test_of_what_another_method_keeps_fewer_are_read():
     layer.token(*split(tokens, 59, 60))
     assert read == [2 + 4 + 5]
     assert layer.group.store.lengths.tolist() == [31, 31]
+
+
+def test_a_choice_is_forgotten_when_entries_move():
+    tokens = random_tokens(60)
+    layer = OneLayer("tokenselect(sinks=2, local=4, count=5, chunk=4, threshold=-1.0) + mikv(ratio=0.3, low=8)")
+    layer.prompt(*split(tokens, 0, 50))
+    known = []
+    for t in range(50, 60):
+        before = layer.group.store.low.lengths.clone()
+        layer.token(*split(tokens, t, t + 1))
+        moved = bool((layer.group.store.low.lengths != before).any())
+        known.append(bool(layer.group.selector.state["known"].all()))
+        assert known[-1] != moved
+    assert set(known) == {True, False}
 
 
 def test_everything_stays_and_its_bytes():

@@ -32,7 +32,7 @@ class Rotary:
                 f"{name} changes its rotary frequencies as sequences grow, so kvarn cannot keep keys before rotation"
             )
         self._types = {"layer_type": "full_attention"} if hasattr(self._embedding, "layer_types") else {}
-        self._cos = self._sin = torch.zeros(0)
+        self._tables: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def rotate(self, keys: Tensor, positions: Tensor) -> Tensor:
         """Keys [B, K, n, D] as they are at ``positions`` (int64 [n] or [B, n])."""
@@ -49,9 +49,11 @@ class Rotary:
     def _table(self, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [1 or B, n, D] in the dtype and on the device of ``keys``."""
         most = int(positions.max()) + 1 if positions.numel() else 1
-        if most > self._cos.shape[0] or self._cos.device != keys.device or self._cos.dtype != keys.dtype:
+        kind = keys.dtype, keys.device
+        if kind not in self._tables or most > self._tables[kind][0].shape[0]:
             every = torch.arange(max(256, 2 * most), device=keys.device)[None]
             cos, sin = self._embedding(keys, every, **self._types)
-            self._cos, self._sin = cos[0], sin[0]
+            self._tables[kind] = cos[0], sin[0]
+        cos, sin = self._tables[kind]
         index = torch.atleast_2d(positions.to(keys.device))
-        return self._cos[index], self._sin[index]
+        return cos[index], sin[index]

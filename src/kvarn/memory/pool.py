@@ -104,11 +104,10 @@ class Pool:
         self.references.index_add_(0, pages, torch.ones_like(pages, dtype=torch.int32))
         self.shared += int(((before == 1) & (self.references[unique] > 1)).sum())
 
-    def selected(self, name: str, index: Tensor, pages: bool = False) -> Tensor:
+    def selected(self, name: str, index: Tensor, pages: bool = False, parts: int = 1) -> Tensor:
         """Units at flat places ``index`` (int64 [n], where the pool is) of one of its tensors, or with ``pages`` whole
-        pages, on the device that computes."""
-        tensor = self.tensors[name]
-        return (tensor if pages else tensor.flatten(0, 1)).index_select(0, index)
+        pages, or of units of ``parts`` equal parts some of these, on the device that computes."""
+        return self._rows(name, pages, parts).index_select(0, index)
 
     def write(self, name: str, index: Tensor, units: Tensor) -> None:
         """Writes units ([n, *unit shape]) at flat places ``index`` of one of its tensors."""
@@ -139,6 +138,12 @@ class Pool:
         free[new - old : new - old + self._free_count] = self._free[: self._free_count]
         self._free, self._free_count = free, self._free_count + new - old
 
+    def _rows(self, name: str, pages: bool, parts: int) -> Tensor:
+        tensor = self.tensors[name]
+        if pages:
+            return tensor
+        return tensor.flatten(0, 1) if parts == 1 else tensor.unflatten(-1, (parts, -1)).flatten(0, 2)
+
     def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
@@ -158,11 +163,11 @@ class HostPool(Pool):
         self._arriving: list[tuple[str, Tensor, Tensor, torch.cuda.Event]] = []
         super().__init__(fmt, page_size, torch.device("cpu"), arena)
 
-    def selected(self, name: str, index: Tensor, pages: bool = False) -> Tensor:
+    def selected(self, name: str, index: Tensor, pages: bool = False, parts: int = 1) -> Tensor:
         self._arrive()
         if not self._pinned:
-            return super().selected(name, index, pages)
-        tensor = self.tensors[name] if pages else self.tensors[name].flatten(0, 1)
+            return super().selected(name, index, pages, parts)
+        tensor = self._rows(name, pages, parts)
         staged = torch.empty((index.numel(), *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=True)
         torch.index_select(tensor, 0, index, out=staged)
         return staged.to(self._computes, non_blocking=True)

@@ -208,6 +208,14 @@ class Segment:
         rows = {name: self.pool.selected(name, slots.flatten()) for name in names or self.pool.tensors}
         return {name: x.view(*index.shape, *x.shape[1:]) for name, x in rows.items()}
 
+    def read_parts(self, heads: Tensor, tokens: Tensor, parts: Tensor, of: int) -> Tensor:
+        """Of dense vectors of ``of`` equal parts, part ``parts`` of token ``tokens`` of head ``heads`` (int64 [n] each,
+        on the host): [n, size / of]."""
+        place = self.starts[heads] + tokens
+        page = self.table[heads, place // self.pool.page_size].long()
+        slots = page * self.pool.page_size + place % self.pool.page_size
+        return self.pool.selected("x", (slots * of + parts).to(self.pool.device), parts=of)
+
     def decode_at(self, heads: slice | Tensor, index: Tensor) -> Tensor:
         """Tokens ``index`` (int64 [R, m] on the device, as in ``read_at``) as vectors [R, m, size]. Only their units
         are read and decoded, each once."""

@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -314,6 +315,11 @@ class Store:
         if self.columns:
             yield self.columns
         yield from self.beside.values()
+
+    @cached_property
+    def away(self) -> bool:
+        """Whether some of it is in the host's memory."""
+        return any(segment.pool.tier == "host" for segment in self.segments)
 
     # -- growing ------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ heads of a layer.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import ClassVar
@@ -40,7 +40,8 @@ class Layers:
 class Reading:
     """One layer that is about to be read: its ``place`` among the layers of the group, its ``heads`` in ``store``, and
     the new tokens as attention takes them: queries [B, H, q, D], keys and values [B, K, q, D], ``positions`` (int64
-    [B, q], -1 for padding) and, where the selection asks for it, whether each ends a sentence (bool [B, q])."""
+    [B, q], -1 for padding) and, where the selection asks for it, whether each ends a sentence (bool [B, q]). ``read``
+    gives stored keys and values as attention reads them, [R, n, D] each."""
 
     place: int
     heads: slice
@@ -51,6 +52,7 @@ class Reading:
     positions: Tensor
     ends: Tensor | None
     variant: Variant
+    read: Callable[[slice], tuple[Tensor, Tensor]]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -81,7 +83,7 @@ class Chosen:
     others: tuple[Part, ...] = ()
 
 
-class Selection(ABC):
+class Selection:
     """Which stored entries a query reads: the decision, without what it remembers. Nothing is dropped by it."""
 
     columns: ClassVar[Mapping[str, ColumnType]] = {}  # kept beside each entry
@@ -108,9 +110,9 @@ class Selection(ABC):
         """The tokens that end a sentence, where ``Reading.ends`` is asked for."""
         return None
 
-    @abstractmethod
-    def selector(self, layers: Layers) -> "Selector":
-        """What carries it out in some layers."""
+    def selector(self, layers: Layers) -> "Selector | None":
+        """What carries it out in some layers; None: their group does."""
+        return None
 
     def state_bytes(self, layer: LayerSpec, dtype: torch.dtype, alike: bool) -> int:
         """Bytes of ``state``."""
