@@ -17,9 +17,9 @@ class Int(Format):
 
     ``axis="token"``: the numbers of one token in ``group`` consecutive channels share a scale (unit: one token).
     ``axis="channel"``: one channel of ``group`` consecutive tokens shares a scale (unit: ``group`` tokens).
-    Scales and minima are kept in the model's dtype, side by side (``range``), so that a kernel loads both at once; codes
-    are packed along the channels. The largest and the smallest of the numbers that share a scale are multiplied by
-    ``clip`` first; what lies beyond then is read as they are.
+    Scales and minima are kept in the model's dtype, side by side (``range``), so that a kernel loads both at once;
+    codes are packed along the channels. The largest and the smallest of the numbers that share a scale are multiplied
+    by ``clip`` first; what lies beyond then is read as they are.
     """
 
     def __init__(self, bits: int, axis: Axis, group: int, size: int, dtype: torch.dtype, clip: float = 1.0):
