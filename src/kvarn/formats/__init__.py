@@ -1,6 +1,5 @@
 """How entries are encoded. Nothing here knows where they live."""
 
-from .balanced import Balanced
 from .base import Format, Rows
 from .columns import Columns, ColumnType
 from .corrected import Corrected
@@ -10,6 +9,8 @@ from .float8 import Float8
 from .integer import Int
 from .narrow import Channels, Narrow
 from .nonuniform import NonUniform, exact_numbers
+from .ranged import Ranged
+from .rescaled import Balanced, Separable
 from .rotated import Rotated
 from .sparse import Sparse
 from .spectral import Spectral
@@ -28,8 +29,10 @@ __all__ = [
     "Int",
     "Narrow",
     "NonUniform",
+    "Ranged",
     "Rotated",
     "Rows",
+    "Separable",
     "Sparse",
     "Spectral",
     "Ternary",

@@ -86,6 +86,10 @@ class Layout(ABC):
     def shared_bytes(self) -> int:
         """Bytes that one layer's sequences share, whatever their tokens."""
 
+    def most_bytes_of_prompt(self, tokens: Tensor) -> Tensor:
+        """``most_bytes`` at the end of a prompt."""
+        return self.most_bytes(tokens)
+
     @property
     @abstractmethod
     def open_bytes(self) -> int:
@@ -178,7 +182,7 @@ class Side:
         longer = counts if int(tail.max()) else counts - ripe
         return [
             (self.tail, self.tail.pages_to_extend(heads, longer)),
-            (self.settled, self.settled.pages_to_extend(heads, ripe)),
+            (self.settled, self.settled.pages_to_extend(heads, ripe) + self.settled.pages_to_grow(heads)),
         ]
 
     def pages_to_take(self, heads: slice | Tensor) -> list[tuple[Segment, int]]:
@@ -196,7 +200,8 @@ class Side:
         """Pages that ``settle`` would allocate."""
         if self.settled is None:
             return []
-        return [(self.settled, self.settled.pages_to_extend(heads, self.layout.ripe(self.tail.lengths[heads])))]
+        ripe = self.layout.ripe(self.tail.lengths[heads])
+        return [(self.settled, self.settled.pages_to_extend(heads, ripe) + self.settled.pages_to_grow(heads))]
 
     def append(self, heads: slice | Tensor, x: Tensor, counts: Tensor) -> None:
         """Appends ``x`` ([R, n, size], the first ``counts`` of each row); what is ripe goes straight to its format."""
@@ -210,7 +215,7 @@ class Side:
         ripe = self.layout.ripe(counts)
         first = int(ripe.max())
         if first:
-            self.settled.append(heads, self.settled.encode(heads, x[:, :first]), ripe)
+            self._settle(self.settled, heads, x[:, :first], ripe)
         rest = counts - ripe
         index = ripe[:, None] + torch.arange(int(rest.max()))
         self.tail.append(heads, self.tail.format.encode(pick(x, index.to(x.device))), rest)
@@ -225,8 +230,7 @@ class Side:
             return
         if some.numel() < ripe.numel():
             heads, ripe = self.tail._ids(heads)[some], ripe[some]
-        first = int(ripe.max())
-        self.settled.append(heads, self.settled.encode(heads, self._front(heads, first)), ripe)
+        self._settle(self.settled, heads, self._front(heads, int(ripe.max())), ripe)
         self.tail.pop_front(heads, ripe)
 
     def read(self, heads: slice | Tensor, index: Tensor | None = None) -> Tensor:
@@ -268,6 +272,10 @@ class Side:
             place = (offset[:, None] + torch.arange(int(lengths.max()))).to(touched.device)
             segment.overwrite(heads, pick(everything, place), pick(touched, place))
             offset += lengths
+
+    def _settle(self, settled: Segment, heads: slice | Tensor, x: Tensor, counts: Tensor) -> None:
+        settled.grow(heads, x, counts)
+        settled.append(heads, settled.encode(heads, x), counts)
 
     def _read_at(self, heads: slice | Tensor, index: Tensor) -> Tensor:
         if self.settled is None or not self.settled.span(heads)[1]:
