@@ -190,7 +190,7 @@ def test_a_range_that_grows_encodes_anew_and_a_fork_keeps_its_own():
     own, twin = slice(0, 2), slice(2, 4)
     x = torch.rand(2, 6, 8, generator=torch.Generator().manual_seed(0))
     rows, counts = {"position": torch.arange(6, dtype=torch.int32).expand(2, -1)}, torch.tensor([6, 4])
-    store.observe(own, x, x, counts, x[:, None, :0])
+    store.observe(own, x, x, counts, x[:, None, :0], torch.zeros(2, 6, dtype=torch.bool))
     store.append(own, x, x, rows, counts)
     store.share(twin, store, torch.arange(2))
     before = store.read(twin)[0]
@@ -229,6 +229,8 @@ def test_new_tokens_wait_for_each_other_and_attention_is_seen_only_when_they_are
             assert store.fresh.lengths.unique().tolist() == [step % gap]
             assert store.low.lengths.unique().tolist() == [int(0.4 * tokens)]
             assert len(seen) == 4 * (step // gap)
+            most = cache.recipe.planner(cache.spec, None, [90]).most(90 + step)
+            assert cache.report().bytes <= int(most)
 
 
 def test_bytes_are_those_of_the_paper_and_a_scale_of_values_for_each_head():
