@@ -236,7 +236,7 @@ class Cache(TransformersCache, Reader):
             twin._bounded = False
             twin.plan = twin._resolve(twin._seen)
             for group in twin._groups:
-                group.capacity = twin.plan.capacity[group.numbers]
+                group.allow(twin.plan)
         return twin
 
     def open(self) -> None:

@@ -77,9 +77,8 @@ class TieredGroup(LayerGroup):
 
     def allow(self, plan: Plan) -> None:
         super().allow(plan)
-        if plan.high is not None and plan.most_high is not None:
-            both = torch.stack([plan.high[self.numbers], plan.most_high[self.numbers]])
-            self._high[:, :, : self.batch] = both
+        high, most = (self.capacity if of is None else of[self.numbers] for of in (plan.high, plan.most_high))
+        self._high[:, :, : self.batch] = torch.stack([high, most])
 
     def shrink(self, plan: Plan, before: int, after: Tensor) -> None:
         super().shrink(plan, before, after)

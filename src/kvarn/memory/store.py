@@ -343,14 +343,16 @@ class Store:
         self, heads: slice | Tensor, keys: Tensor, values: Tensor, columns: Mapping[str, Tensor], counts: Tensor
     ) -> None:
         """Appends ``counts`` entries (int64 [R]) to each head: [R, n, size] keys and values, [R, n] columns."""
-        needed = self.keys.pages_to_append(heads, counts) + self.values.pages_to_append(heads, counts)
-        if self.columns:
-            needed.append((self.columns, self.columns.pages_to_extend(heads, counts)))
-        self._require(needed)
+        self._require(self.pages_to_append(heads, counts))
         self.keys.append(heads, keys, counts)
         self.values.append(heads, values, counts)
         if self.columns:
             self.columns.append(heads, dict(columns), counts)
+
+    def pages_to_append(self, heads: slice | Tensor, counts: Tensor) -> list[tuple[Segment, int]]:
+        """Pages that ``append`` would allocate in each segment."""
+        needed = self.keys.pages_to_append(heads, counts) + self.values.pages_to_append(heads, counts)
+        return [*needed, (self.columns, self.columns.pages_to_extend(heads, counts))] if self.columns else needed
 
     def reserve_like(self, heads: slice, times: int) -> None:
         """Makes room for ``times`` as many pages as ``heads`` hold, so that growing layer by layer moves nothing."""
@@ -418,6 +420,11 @@ class Store:
         self.columns.set(heads, dict(columns))
 
     # -- shrinking and changing ---------------------------------------------------------------------------------
+
+    def pages_to_change(self, heads: slice | Tensor) -> list[tuple[Segment, int]]:
+        """The most pages that ``keep``, ``drop`` and ``overwrite`` can allocate in each segment."""
+        needed = self.keys.pages_to_take(heads) + self.values.pages_to_take(heads)
+        return [*needed, (self.columns, self.columns.pages_shared(heads))] if self.columns else needed
 
     def keep(self, heads: slice | Tensor, mask: Tensor, counts: Tensor | None = None) -> None:
         """Keeps the entries where ``mask`` (bool [R, longest]) is true and frees what empties.
@@ -522,10 +529,7 @@ class Store:
 
     def _require_changes(self, heads: slice | Tensor) -> None:
         """``_require`` for operations that rewrite these heads."""
-        needed = self.keys.pages_to_take(heads) + self.values.pages_to_take(heads)
-        if self.columns:
-            needed.append((self.columns, self.columns.pages_shared(heads)))
-        self._require(needed)
+        self._require(self.pages_to_change(heads))
 
     def _open_segments(self) -> list[Segment]:
         return [self.keys.tail, self.values.tail, *([self.columns] if self.columns else [])]

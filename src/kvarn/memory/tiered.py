@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .pool import Arena
 from .segment import Segment, joined, pick
-from .store import Layout, Store, StoreLayout
+from .store import Layout, Store, StoreLayout, by_pool
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,9 @@ class TieredStore(Store):
             self.high.append(heads, keys, values, columns, counts)
             return
         held = (torch.arange(keys.shape[1]) < counts[:, None]).to(keys.device)
-        for store, mask in ((self.low, held & low), (self.high, held & ~low)):
-            index, chosen = _packed(mask)
+        parts = [(store, *_packed(mask)) for store, mask in ((self.low, held & low), (self.high, held & ~low))]
+        self._require([needed for store, _, chosen in parts for needed in store.pages_to_append(heads, chosen)])
+        for store, index, chosen in parts:
             rows = {name: pick(column, index) for name, column in columns.items()}
             store.append(heads, pick(keys, index), pick(values, index), rows, chosen)
 
@@ -217,6 +218,7 @@ def _move(heads: slice | Tensor, source: Store, target: Store, mask: Tensor) -> 
     index, counts = _packed(mask)
     if not index.shape[1]:
         return
+    target.arena.require(by_pool(target.pages_to_append(heads, counts) + source.pages_to_change(heads)))
     keys, values = (pick(side, index) for side in source.read(heads))
     columns = {name: pick(column, index) for name, column in source.read_columns(heads).items()}
     target.append(heads, keys, values, columns, counts)
