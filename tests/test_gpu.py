@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 
 
 # One number that is rounded the other way changes what follows.
-CODED = ("kivi", "gear", "mikv", "vidkv", "xquant", "kvquant", "rotatekv")
+CODED = ("kivi", "gear", "mikv", "vidkv", "xquant", "kvquant", "rotatekv", "zipcache", "arkv")
 EXACT = [pair for pair in RECIPES if not any(name in str(pair[0]) for name in CODED)]
 EVERYWHERE = [pair for pair in EXACT if not re.search("fastkv|minicache", str(pair[0]))]
 
@@ -37,7 +37,9 @@ def test_a_gpu_gives_what_the_cpu_gives(architecture, recipe, budget):
     assert outcome["cuda"][1] == outcome["cpu"][1]
 
 
-@pytest.mark.parametrize("recipe", ["kivi(bits=4, group=8, residual=16)", "h2o + kivi(bits=8, group=8, residual=16)"])
+@pytest.mark.parametrize(
+    "recipe", ["kivi(bits=4, group=8, residual=16)", "h2o + kivi(bits=8, group=8, residual=16)", "zipcache(gap=8)"]
+)
 def test_integer_formats_hold_the_same_numbers(recipe):
     """Layer by layer: through a whole model, one number that is rounded the other way changes all that follow."""
     tokens = random_tokens(120)

@@ -187,8 +187,9 @@ class BundledGroup(LayerGroup):
         keys, values = self.store.high.read(chosen)
         beyond = torch.arange(keys.shape[1]) >= self.store.high.lengths[chosen][:, None]
         strain = self._strain(chosen, keys, values).masked_fill(beyond.to(keys.device), torch.inf)
-        order = strain.argsort(dim=1, stable=True)[:, : int(excess.max())]
-        self.store.demote(chosen, order, excess[some])
+        order = strain.argsort(dim=1, stable=True)
+        within = (torch.arange(order.shape[1]) < excess[some][:, None]).to(order.device)
+        self.store.demote(chosen, torch.zeros_like(within).scatter_(1, order, within))
 
     def _part(self, heads: slice, mask: Tensor | None) -> Part:
         """What is stored, as the layer that is being attended to reads it."""

@@ -250,7 +250,7 @@ class Cache(TransformersCache, Reader):
             twin._bounded = False
             twin.plan = twin._resolve(twin._seen)
             for group in twin._groups:
-                group.capacity = twin.plan.capacity[group.numbers[:: group.layer.depth]]
+                group.allow(twin.plan)
         return twin
 
     def open(self) -> None:
@@ -431,7 +431,7 @@ class Cache(TransformersCache, Reader):
                 self._begin_token(step)
         elif plan is not None:
             for group in self._groups:
-                group.capacity = plan.capacity[group.numbers[:: group.layer.depth]]
+                group.allow(plan)
             self._cascade(plan, step)
         self.plan, self._step, self._decoding, self._next_layer = plan, step, decoding, 0
         self._tokens = tokens
@@ -457,7 +457,7 @@ class Cache(TransformersCache, Reader):
     def _cascade(self, plan: Plan, step: Step) -> None:
         """Where layers share the budget by what they show: has them tell, and divides it anew after each of them."""
         policy = self.recipe.policy
-        if not isinstance(policy, Cascade) or bool((plan.capacity >= step.after[:, None]).all()):
+        if not isinstance(policy, Cascade) or not policy.divides(plan.capacity, step.after):
             return
         # Layers are cut before they are encoded, and what they leave in open pages is not known exactly.
         planner = self._planner(step.after, empty=False)
@@ -465,10 +465,9 @@ class Cache(TransformersCache, Reader):
 
         def divide(number: int, view: PromptView) -> None:
             preferences[number] = policy.preference(view).cpu()
-            capacity = planner.divided(policy.preferring(preferences))
+            self.plan = planner.divided(policy.preferring(preferences))
             for group in self._groups:
-                group.shrink(capacity[group.numbers], number, step.after)
-            self.plan = planner.planned(capacity)
+                group.shrink(self.plan, number, step.after)
 
         for group in self._groups:
             group.share(divide)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .attention import Paid, Part, Variant, attend, attend_observed
 from .attention.rotary import Rotary
 from .memory import Arena, Layout, Segment, Store, StoreLayout, TieredLayout, TieredStore
+from .plan import Plan
 from .prefill import Propagation
 from .reduction import Entries, Eviction, Merging
 from .rematerialization import Known
@@ -121,6 +122,11 @@ class LayerGroup:
     def observers(self) -> list[ObservingScore]:
         """What observes attention, each once."""
         return [self.eviction.observes] if self.eviction and self.eviction.observes else []
+
+    @property
+    def observing(self) -> list[ObservingScore]:
+        """Those of ``observers`` that the query of the decoding step under way is shown to."""
+        return self.observers
 
     @property
     def _counted(self) -> bool:
@@ -269,18 +275,22 @@ class LayerGroup:
         self.divide = divide
         self.store.wait(True)
 
-    def shrink(self, capacity: Tensor, before: int, after: Tensor) -> None:
-        """Takes on another ``capacity`` in the middle of a prompt up to ``after`` (int64 [B]) tokens; the layers before
+    def allow(self, plan: Plan) -> None:
+        """Takes on what ``plan`` allows each head."""
+        self.capacity = plan.capacity[self.numbers[:: self.layer.depth]]
+
+    def shrink(self, plan: Plan, before: int, after: Tensor) -> None:
+        """Takes on another ``plan`` in the middle of a prompt up to ``after`` (int64 [B]) tokens; the layers before
         ``before``, which have stored it, are cut to that."""
-        self.capacity = capacity
-        stored = torch.tensor([number < before for number in self.numbers]).repeat_interleave(self.stride)
-        heads = torch.nonzero(stored & (self.store.lengths > self._capacity.flatten())).flatten()
+        self.allow(plan)
+        capacity = self._capacity.flatten()
+        heads = torch.nonzero(self._before(before) & (self.store.lengths > capacity)).flatten()
         if self.eviction is None or not heads.numel():
             return
         if isinstance(self.eviction, Merging):
-            self._merge(self.eviction, heads, after, (self.store.lengths - self._capacity.flatten())[heads])
+            self._merge(self.eviction, heads, after, (self.store.lengths - capacity)[heads])
             return
-        counts, device = self._capacity.flatten()[heads], self.arena.device
+        counts, device = capacity[heads], self.arena.device
         state = (t.to(device) for t in (self.store.lengths[heads], self._per_head(after)[heads], counts))
         self.store.keep(heads, self.eviction.best(self.store.read_columns(heads), *state), counts)
 
@@ -314,7 +324,7 @@ class LayerGroup:
             query, parts = fresh.query, [self._part(heads, mask)]
         else:
             query, parts = chosen.query, self._chosen_parts(heads, chosen)
-        if not self.observers:
+        if not self.observing:
             return attend(query, parts, fresh.variant)
         out, paid = attend_observed(query, parts, fresh.variant)
         if chosen is not None:
@@ -377,7 +387,7 @@ class LayerGroup:
         heads = self.heads(number)
         observation = Observation(paid, step.positions, self._decoded, number)
         before = self._columns(heads)
-        columns = {n: c for observer in self.observers for n, c in observer.observe(observation, before).items()}
+        columns = {n: c for observer in self.observing for n, c in observer.observe(observation, before).items()}
         self.store.set_columns(heads, {name: column.flatten(0, 1) for name, column in columns.items()})
 
     # -- inside -------------------------------------------------------------------------------------------------
@@ -573,7 +583,11 @@ class LayerGroup:
         watched, marked = self.store.watched, columns.pop("marked")
         if watched is not None:
             self.store.observe(heads, *new, counts, self._last_queries(fresh, watched), marked)
-        self.store.append(heads, *new, columns, counts)
+        self._enter(heads, *new, columns, counts)
+
+    def _enter(self, heads: slice, keys: Tensor, values: Tensor, columns: dict[str, Tensor], counts: Tensor) -> None:
+        """Stores a prompt's entries of a layer that stay, ``counts`` of each head: [R, n, …]."""
+        self.store.append(heads, keys, values, columns, counts)
 
     def _last_queries(self, fresh: Fresh, count: int) -> Tensor:
         """The last ``count`` real queries of a prompt, zero where there are fewer: [B * K, G, count, D]."""
@@ -650,6 +664,10 @@ class LayerGroup:
         """``_held`` head by head: bool [R, n]."""
         lengths = self.store.lengths[heads]
         return (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.arena.device)
+
+    def _before(self, number: int) -> Tensor:
+        """The store's heads of layers before ``number``, bool [heads]."""
+        return torch.tensor([own < number for own in self.numbers]).repeat_interleave(self.stride)
 
     def _per_head(self, per_sequence: Tensor) -> Tensor:
         """[B] -> [heads of the store]; 0 in free slots."""

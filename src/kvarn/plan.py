@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .budgets import UNBOUNDED, Budget, Heads, Policy, allowed_bytes, highest, most_on_average
 from .errors import BudgetError
-from .memory import Layout
+from .memory import Layout, TieredLayout
 from .reduction import Eviction
 from .spec import LayerSpec, ModelSpec
 
@@ -23,12 +23,17 @@ class Plan:
     heads of full-attention layers, with all tokens of the prompt where a head is unbounded; ``bytes``, what all heads
     take at the end of the prompt, or the most that they can take where something was stored before it or heads share
     what a layer keeps; ``allowed``, the bytes that the budget allows (None: no budget in bytes).
+
+    Where the policy says how many entries a head keeps in the higher of two precisions (int64 [layers, B, K]): ``high``
+    is what it is cut to, when it is full, or has more high ones than ``most_high``.
     """
 
     capacity: Tensor
     entries: list[int]
     bytes: list[int]
     allowed: list[int | None]
+    high: Tensor | None = None
+    most_high: Tensor | None = None
 
     def selected(self, sequences: list[int]) -> "Plan":
         """The plan of some sequences, which may repeat."""
@@ -37,12 +42,24 @@ class Plan:
             [self.entries[i] for i in sequences],
             [self.bytes[i] for i in sequences],
             [self.allowed[i] for i in sequences],
+            None if self.high is None else self.high[:, sequences],
+            None if self.most_high is None else self.most_high[:, sequences],
         )
 
     def joined(self, other: "Plan") -> "Plan":
         """The plan of these sequences and those of ``other``."""
-        capacity = torch.cat([self.capacity, other.capacity], 1)
-        return Plan(capacity, self.entries + other.entries, self.bytes + other.bytes, [*self.allowed, *other.allowed])
+
+        def both(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+            return None if mine is None or theirs is None else torch.cat([mine, theirs], 1)
+
+        return Plan(
+            torch.cat([self.capacity, other.capacity], 1),
+            self.entries + other.entries,
+            self.bytes + other.bytes,
+            [*self.allowed, *other.allowed],
+            both(self.high, other.high),
+            both(self.most_high, other.most_high),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,14 +89,20 @@ class Planner:
             return self.planned(torch.full((self.heads.layers, len(self.lengths), self.heads.kv_heads), UNBOUNDED))
         return self.planned(self._divided(self.eviction, self.policy))
 
-    def planned(self, capacity: Tensor) -> Plan:
+    def planned(self, capacity: Tensor, policy: Policy | None = None) -> Plan:
         """The plan that gives heads ``capacity`` (int64 [layers, B, K])."""
         length = self.heads.lengths[:, None]
         capacity = torch.where(self._full[:, None, None], capacity, UNBOUNDED)
         counted = torch.where(capacity == UNBOUNDED, length, capacity)
         counted = counted[self._full] if bool(self._full.any()) else counted
-        taken = self._bytes(torch.minimum(capacity, length)) + self._fixed
-        return Plan(capacity, counted.double().mean((0, 2)).long().tolist(), taken.tolist(), self._allowed)
+        entries = torch.minimum(capacity, length)
+        high = policy.high(capacity, self.heads) if policy else None
+        most_high = None if high is None else self.most_high(capacity, high)
+        kept_high = None
+        if high is not None and most_high is not None:
+            kept_high = torch.where(entries > most_high, torch.minimum(high, entries), entries)
+        taken = (self._bytes(entries, kept_high) + self._fixed).tolist()
+        return Plan(capacity, counted.double().mean((0, 2)).long().tolist(), taken, self._allowed, high, most_high)
 
     def most(self, tokens: int) -> Tensor:
         """The most bytes, an open page of each segment included, that each sequence takes until decoding has brought it
@@ -97,10 +120,15 @@ class Planner:
                 total = total + layer.kv_heads * self.layouts[layer].most_bytes(torch.tensor(layer.kept_dense(tokens)))
         return total
 
-    def divided(self, policy: Policy) -> Tensor:
-        """Capacities [layers, B, K] where ``policy`` divides the budget."""
+    def divided(self, policy: Policy) -> Plan:
+        """The plan where ``policy`` divides the budget."""
         assert self.eviction is not None
-        return self._divided(self.eviction, policy)
+        return self.planned(self._divided(self.eviction, policy), policy)
+
+    def most_high(self, capacity: Tensor, high: Tensor) -> Tensor:
+        """The most entries that heads of ``capacity`` may have in the higher precision, before they are cut to ``high``
+        of these. Where the budget is in entries, a head has to be full first."""
+        return capacity if self._allowed[0] is None else high
 
     @cached_property
     def heads(self) -> Heads:
@@ -115,10 +143,7 @@ class Planner:
         unasked = policy.unasked(self.heads) if self.budget is None else None
         if unasked is not None:
             return policy.entries(unasked, self.heads).clamp(min=least)
-        if self._allowed[0] is not None:
-            price = self._price_in_bytes(eviction)
-        else:
-            price = self._price_in_entries(eviction, policy)
+        price = self._price(eviction, policy)
 
         def entries(level: Tensor) -> Tensor:
             return policy.entries(level, self.heads).clamp(min=least)
@@ -130,6 +155,20 @@ class Planner:
         )
         return price.improved(entries(level), self)
 
+    def _price(self, eviction: Eviction, policy: Policy) -> "_Price":
+        if self._allowed[0] is None:
+            return self._price_in_entries(eviction, policy)
+        return self._price_of_grades(policy) if policy.grades else self._price_in_bytes(eviction)
+
+    def _price_of_grades(self, policy: Policy) -> "_Price":
+        most = max(int(self.heads.lengths.max()), self.spec.max_positions or 0)
+        entries = torch.arange(most + 1)[None]
+        allowed = torch.tensor([bytes or 0 for bytes in self._allowed]) - self._fixed
+        tiers = [(layer, layout) for layer in self._acted_on if isinstance(layout := self.layouts[layer], TieredLayout)]
+        high = {layer: layout.high.most_bytes(entries) for layer, layout in tiers}
+        low = {layer: layout.low.most_bytes(entries) for layer, layout in tiers}
+        return _GradedPrice("bytes", most, allowed, high, {}, low, policy)
+
     def _price_in_bytes(self, eviction: Eviction) -> "_Price":
         longest = int(self.heads.lengths.max())
         most = max(longest, self.spec.max_positions or 0) if eviction.decode else longest
@@ -138,7 +177,7 @@ class Planner:
         if eviction.decode or not self.empty:
             # Heads pass through smaller numbers while they grow, and blocks break: the most that they can take counts.
             held = entries[None] if eviction.decode else held
-            tables = {layer: self.layouts[layer].most_bytes(held) for layer in self._acted_on}
+            tables = {layer: self._most(layer)(held) for layer in self._acted_on}
             better = dict.fromkeys(self._acted_on, entries[None])
         else:
             # Formats in blocks may take less for more entries; then the head holds those.
@@ -226,11 +265,15 @@ class Planner:
         full = {layer for layer in self.spec.layers if layer.window is None}
         return {layer: torch.tensor([other == layer for other in self.spec.layers]) for layer in full}
 
-    def _bytes(self, entries: Tensor) -> Tensor:
-        """Bytes of full-attention layers whose heads hold ``entries`` ([layers, B, K]): int64 [B]."""
+    def _bytes(self, entries: Tensor, high: Tensor | None = None) -> Tensor:
+        """Bytes of full-attention layers whose heads hold ``entries`` ([layers, B, K]), ``high`` of them in the higher
+        precision if it is given: int64 [B]."""
         total = torch.zeros_like(self.heads.lengths)
         for layer, rows in self._acted_on.items():
-            if self.eviction is not None and self.eviction.across_heads:
+            layout = self.layouts[layer]
+            if high is not None and isinstance(layout, TieredLayout):
+                taken = layout.high.most_bytes(high[rows]) + layout.low.most_bytes((entries - high)[rows])
+            elif self.eviction is not None and self.eviction.across_heads:
                 held = torch.minimum(torch.arange(int(self.heads.lengths.max()) + 1), self.heads.lengths[:, None])
                 taken = _looked_up(self._shared(layer, held), _on_average(entries[rows]))
             else:
@@ -242,7 +285,14 @@ class Planner:
         """What one head of so many entries takes: exactly, or at most where evictions before have left the formats in
         a state that is not known."""
         layout = self.layouts[layer]
-        return layout.bytes if self.empty or self.eviction is None else layout.most_bytes
+        return layout.bytes if self.empty or self.eviction is None else self._most(layer)
+
+    def _most(self, layer: LayerSpec) -> Callable[[Tensor], Tensor]:
+        """The most that one head of so many entries takes whenever the budget has to hold: at the end of prompts, and
+        after steps of recipes that evict in decoding."""
+        layout = self.layouts[layer]
+        decodes = self.eviction is not None and self.eviction.decode
+        return layout.most_bytes if decodes else layout.most_bytes_of_prompt
 
     def _shared(self, layer: LayerSpec, held: Tensor) -> Tensor:
         """The most that a head takes on average where the heads of a layer share ``held`` entries each on average
@@ -282,11 +332,7 @@ class _Price:
 
     def of(self, entries: Tensor, planner: Planner) -> Tensor:
         """The price of ``entries`` (int64 [layers, B, K]) for each sequence, int64 [B]."""
-        total = torch.zeros_like(self.allowed)
-        for layer, rows in planner._acted_on.items():
-            priced = self._priced(entries[rows][:: layer.depth], planner)
-            total = total + _looked_up(self.tables[layer], priced).sum((0, 2))
-        return total
+        return self._of(self.tables, self._priced(entries, planner), planner)
 
     def improved(self, entries: Tensor, planner: Planner) -> Tensor:
         """As many entries or more for the same price."""
@@ -295,6 +341,12 @@ class _Price:
             found = _looked_up(self.better[layer], self._priced(entries[rows], planner))
             entries[rows] = torch.where(entries[rows] > self.most, entries[rows], found)
         return entries
+
+    def _of(self, tables: dict[LayerSpec, Tensor], entries: Tensor, planner: Planner) -> Tensor:
+        total = torch.zeros_like(self.allowed)
+        for layer, rows in planner._acted_on.items():
+            total = total + _looked_up(tables[layer], entries[rows][:: layer.depth]).sum((0, 2))
+        return total
 
     def _priced(self, entries: Tensor, planner: Planner) -> Tensor:
         """Heads that keep everything are paid for the tokens of the prompt."""
@@ -307,6 +359,25 @@ class _Price:
 def _on_average(entries: Tensor) -> Tensor:
     """Entries [layers, B, K] as they are where the heads of a layer have equally many, rounded up."""
     return (-(-entries.sum(-1, keepdim=True) // entries.shape[-1])).expand_as(entries)
+
+
+@dataclass(frozen=True, eq=False)
+class _GradedPrice(_Price):
+    """What entries cost where ``policy`` says how many of them are high ones: ``tables`` are those of the high ones,
+    ``low`` those of the others."""
+
+    low: dict[LayerSpec, Tensor]
+    policy: Policy
+
+    def of(self, entries: Tensor, planner: Planner) -> Tensor:
+        entries = self._priced(entries, planner)
+        high = self.policy.high(entries, planner.heads)
+        assert high is not None
+        high = planner.most_high(entries, high)
+        return self._of(self.tables, high, planner) + self._of(self.low, entries - high, planner)
+
+    def improved(self, entries: Tensor, planner: Planner) -> Tensor:
+        return entries
 
 
 def _looked_up(table: Tensor, index: Tensor) -> Tensor:

@@ -197,12 +197,19 @@ class Recipe:
             raise RecipeError(f"{self}: entries that stand for several cannot be kept in two precisions")
         if selection and selection.beside(layer, dtype):
             raise RecipeError(f"{self}: what is chosen by landmarks cannot be kept in two precisions")
+        if any(method.channels(layer) for method in self.methods):
+            raise RecipeError(f"{self}: keys of two precisions keep all their channels")
         columns |= precision.columns
         high, low = (
             StoreLayout(*(selection.sides(*sides) if selection else sides), Columns(columns), page_size)
             for sides in (precision.high, precision.low)
         )
-        return TieredLayout(high, low, precision.share)
+        share = 1.0 if precision.share is None else precision.share  # the most that the policy may say
+        if precision.gap is None:
+            return TieredLayout(high, low, share, precision.rounds_up)
+        keys, values = (replace(side, format=side.dense) for side in (high.keys, high.values))
+        fresh = StoreLayout(keys, values, Columns(columns), page_size)
+        return TieredLayout(high, low, share, precision.rounds_up, fresh, precision.gap - 1)
 
     def state_bytes(self, spec: ModelSpec) -> int:
         """Bytes kept for the layers of a model, whatever the tokens and their formats."""

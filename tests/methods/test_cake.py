@@ -74,19 +74,22 @@ def test_decoding_lets_go_of_what_the_newest_query_reads_least() -> None:
         assert layer.positions()[head] == sorted(set(positions) - {gone})
 
 
-def test_preferences() -> None:
-    query, keys, values = random_tokens(30)
-    positions = torch.arange(30)
+def prompt_view(query, keys, values) -> PromptView:
+    """What a score sees of a first prompt."""
+    positions = torch.arange(keys.shape[2])
 
     def parts(queries):
         visible = positions <= queries[:, :, None]
         return (Part(keys, values, visible[:, None]),)
 
     of_heads = positions.expand(1, KV_HEADS, -1)
-    whole = (Part(keys, values, causal=True),)
-    view = PromptView(
-        query, positions[None], whole, VARIANT, of_heads, torch.tensor([30]), {"position": of_heads}, parts
-    )
+    whole, seen = (Part(keys, values, causal=True),), torch.tensor([len(positions)])
+    return PromptView(query, positions[None], whole, VARIANT, of_heads, seen, {"position": of_heads}, parts)
+
+
+def test_preferences() -> None:
+    query, keys, values = random_tokens(30)
+    view = prompt_view(query, keys, values)
     entropy = variance = 0.0
     for head, queries in enumerate(query.unflatten(1, (KV_HEADS, GROUP))[0]):
         for rows in rows_of(queries, keys[0, head], WINDOW):
@@ -150,10 +153,9 @@ def test_large_taus_are_uniform_and_what_fits_is_left_alone() -> None:
 def test_a_layer_that_wants_more_gets_more() -> None:
     planner = Recipe.parse("cake(window=8)").planner(read("full", None).spec, 50, [200])
     wanted = torch.tensor([[1.0], [2.0], [3.0], [2.0]], dtype=torch.float64)
-    capacity = planner.divided(Preferred(wanted, NONE))[:, 0, 0]
-    assert capacity.tolist() == [25, 50, 75, 50]
+    assert planner.divided(Preferred(wanted, NONE)).capacity[:, 0, 0].tolist() == [25, 50, 75, 50]
     wanted[2:] = 0  # not seen yet
-    partly = planner.divided(Preferred(wanted, NONE))[:, 0, 0]
+    partly = planner.divided(Preferred(wanted, NONE)).capacity[:, 0, 0]
     assert int(partly.sum()) <= 200
     assert abs(int(partly[1]) - 2 * int(partly[0])) <= 1
     assert partly[2:].tolist() == [9, 9]  # the least, until they are seen

@@ -9,6 +9,7 @@ from one_layer import GROUP, KV_HEADS, SIZE, OneLayer, probabilities, random_tok
 import kvarn
 from drive import logits_of
 from kvarn.errors import RecipeError
+from kvarn.formats import Int
 from kvarn.memory import TieredLayout
 from kvarn.methods.mikv import MiKV
 from test_real_model import answer, haystack_with_needle
@@ -133,6 +134,17 @@ def test_bytes_are_those_of_the_paper_and_the_columns(high, low):
     share = int(layout.bytes(torch.tensor(tokens))) / tokens - columns
     paper = {(16, 2): 0.325, (8, 2): 0.23125, (4, 2): 0.18125, (16, 3): 0.375}[high, low]
     assert share / (2 * 128 * 2) == pytest.approx(paper, rel=0.02)
+
+
+def test_a_prompt_is_rounded_once():
+    tokens = random_tokens(30)
+    layer = OneLayer("mikv(high=8, low=2, balancer=False)")
+    layer.prompt(*tokens)
+    store, everyone = layer.group.store, layer.group.everyone
+    places = store.low.read_column(everyone, "position").long()[..., None].expand(-1, -1, SIZE)
+    codes = Int(2, "token", SIZE // 2, SIZE, torch.float32)
+    for read, exact in zip(store.low.read(everyone), tokens[1:], strict=True):
+        assert torch.equal(read, codes.decode(codes.encode(exact[0].gather(1, places))))
 
 
 def test_what_another_method_evicts_is_the_rest_in_two_precisions():

@@ -1,7 +1,7 @@
 """How much each layer and head may keep."""
 
 from .amounts import Budget, allowed_bytes, check_budget, parse_budget, parse_bytes
-from .cascade import Cascade, Density, Preferred, Restlessness
+from .cascade import Cascade, Density, Graded, PrecisionCascade, Preferred, Restlessness
 from .policy import UNBOUNDED, Heads, Policy, Shares, Uniform, highest
 from .retrieval import ChosenHeads, RankedHeads
 from .sharing import most_on_average
@@ -12,8 +12,10 @@ __all__ = [
     "Cascade",
     "ChosenHeads",
     "Density",
+    "Graded",
     "Heads",
     "Policy",
+    "PrecisionCascade",
     "Preferred",
     "RankedHeads",
     "Restlessness",

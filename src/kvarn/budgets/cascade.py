@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..attention import mass_received, observed
 from ..scoring import PromptView
-from ..scoring.shifting import over_queries
+from ..scoring.shifting import kurtosis, over_queries
 from ..scoring.view import concatenated
 from .policy import UNBOUNDED, Heads, Policy, Uniform
 
@@ -23,6 +23,10 @@ class Cascade(Uniform):
     @abstractmethod
     def preference(self, view: PromptView) -> Tensor:
         """How much a layer wants, float64 [B] above zero."""
+
+    def divides(self, capacity: Tensor, tokens: Tensor) -> bool:
+        """Whether layers have to tell where heads may hold ``capacity`` ([layers, B, K]) of ``tokens`` ([B])."""
+        return bool((capacity < tokens[:, None]).any())
 
     def whole(self, layers: int) -> Tensor:
         """Which layers keep everything, bool [layers]; the others share what these leave."""
@@ -60,11 +64,13 @@ class Preferred(Uniform):
 class Restlessness(Cascade):
     """A layer wants D^(1 / ``dispersion``) * V^(1 / ``change``): D the entropy of what the last ``window`` queries of
     the prompt pay to entries before them, V the variance of it over these queries, both summed over query heads
-    (CAKE, arXiv 2503.12491, equations 4 to 6)."""
+    (CAKE, arXiv 2503.12491, equations 4 to 6). With ``peaks``, it wants that times K^(1 / ``peaks``), K the sum of the
+    kurtosis over these queries."""
 
     window: int
     dispersion: float
     change: float
+    peaks: float | None = None
 
     def preference(self, view: PromptView) -> Tensor:
         queries = view.last_positions(self.window)
@@ -74,7 +80,47 @@ class Restlessness(Cascade):
         entropy = -(rows * (rows + 1e-10).log()).sum((1, 2, 3, 4))
         variance = over_queries(rows, queries)[1].sum((1, 2, 3))
         tiny = torch.finfo(torch.float32).tiny
-        return entropy.clamp(min=tiny) ** (1 / self.dispersion) * variance.clamp(min=tiny) ** (1 / self.change)
+        wanted = entropy.clamp(min=tiny) ** (1 / self.dispersion) * variance.clamp(min=tiny) ** (1 / self.change)
+        if self.peaks is None:
+            return wanted
+        return wanted * kurtosis(rows, queries).sum((1, 2, 3)).clamp(min=tiny) ** (1 / self.peaks)
+
+
+@dataclass(frozen=True)
+class PrecisionCascade(Restlessness):
+    """All layers may hold equally many entries, and those that want more keep more of them in the higher precision.
+
+    Of C entries a head keeps the newest ``window`` in it and a share of the others: the layer's preference over the
+    largest one (ARKV, arXiv 2603.08727), or with ``share``, that in every layer. As later layers tell what they want,
+    more entries of the layers before them are lowered.
+    """
+
+    share: float | None = None
+
+    def divides(self, capacity: Tensor, tokens: Tensor) -> bool:
+        return True  # decoding needs the shares as soon as a head is full
+
+    def preferring(self, preferences: Tensor) -> Policy:
+        return Graded(preferences, self.window, self.share)
+
+
+class Graded(Uniform):
+    """Equally many entries for all layers of ``preferences`` (float64 [layers, B], 0 for layers not seen yet); of those
+    before the newest ``window`` a share is high ones: the preference over the largest, or ``share``."""
+
+    grades = True
+
+    def __init__(self, preferences: Tensor, window: int, share: float | None):
+        self.seen, self.window = preferences > 0, window
+        shares = preferences / preferences.amax(0)
+        self.shares = torch.where(self.seen, shares if share is None else share, 1)
+
+    def entries(self, level: Tensor, heads: Heads) -> Tensor:
+        return torch.where(self.seen, level, 0)[..., None].expand(-1, -1, heads.kv_heads)
+
+    def high(self, capacity: Tensor, heads: Heads) -> Tensor:
+        older = (capacity - self.window).clamp(min=0)
+        return torch.minimum(capacity, self.window + (self.shares[..., None] * older).round().long())
 
 
 @dataclass(frozen=True)

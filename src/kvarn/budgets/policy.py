@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,12 @@ class Policy(ABC):
     allows. A head holds at most its entries, in decoding too where the recipe evicts there; ``UNBOUNDED`` heads keep
     everything and grow as tokens come.
     """
+
+    grades: ClassVar[bool] = False  # whether it says how many entries are kept in the higher of two precisions
+
+    def high(self, capacity: Tensor, heads: Heads) -> Tensor | None:
+        """Where it ``grades``: of ``capacity`` entries (int64 [layers, B, K]) those in the higher precision, alike."""
+        return None
 
     @abstractmethod
     def top(self, heads: Heads, most: int) -> Tensor:

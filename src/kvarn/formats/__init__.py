@@ -1,6 +1,5 @@
 """How entries are encoded. Nothing here knows where they live."""
 
-from .balanced import Balanced
 from .base import Format, Rows
 from .bundled import Bundled, Directions, Subspace
 from .columns import Columns, ColumnType
@@ -12,6 +11,8 @@ from .integer import Int
 from .lowrank import LowRank
 from .narrow import Channels, Narrow
 from .nonuniform import NonUniform, exact_numbers
+from .ranged import Ranged
+from .rescaled import Balanced, Separable
 from .rotated import Rotated
 from .sparse import Sparse
 from .spectral import Spectral
@@ -33,8 +34,10 @@ __all__ = [
     "LowRank",
     "Narrow",
     "NonUniform",
+    "Ranged",
     "Rotated",
     "Rows",
+    "Separable",
     "Sparse",
     "Spectral",
     "Subspace",

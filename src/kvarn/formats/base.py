@@ -20,9 +20,10 @@ class Format(ABC):
 
     What all units of a head share and a prompt decides is the head's ``state``, laid out alike: ``observe`` makes it,
     from the last ``watched`` queries too, or ``exempt`` from tokens that are to stay exact, and ``given`` binds the
-    format to it. What the sequences of a layer share (codebooks, orders of channels) is ``shared``: tensors of [layers
-    of the model, KV heads as stored, *shape], kept once a layer and bound by ``given`` too. What a block shares belongs
-    in its rows.
+    format to it. It stays as it is, or where the format ``grows``, becomes what ``grown`` says before more tokens are
+    encoded. What the sequences of a layer share (codebooks, orders of channels) is ``shared``: tensors of [layers of
+    the model, KV heads as stored, *shape], kept once a layer and bound by ``given`` too. What a block shares belongs in
+    its rows.
     """
 
     unit: int = 1
@@ -31,6 +32,7 @@ class Format(ABC):
     state: Layout = MappingProxyType({})
     shared: Mapping[str, Tensor] = MappingProxyType({})
     watched: int = 0
+    grows: bool = False
 
     def observe(self, x: Tensor, held: Tensor, queries: Tensor) -> Rows:
         """The state of R heads, tensors of [R, *shape], made of the tokens that a prompt leaves in them: ``x`` is [R,
@@ -42,6 +44,10 @@ class Format(ABC):
         """The part of the state of R heads that holds tokens which are to be read exactly: those in ``marked`` (bool
         [R, n]) of ``x`` ([R, n, size])."""
         return {}
+
+    def grown(self, state: Rows, x: Tensor, held: Tensor) -> Rows:
+        """The ``state`` of R heads with the tokens ``x`` of which those in ``held`` exist (as in ``observe``) too."""
+        return state
 
     def given(self, state: Rows) -> "Format":
         """This format for heads of ``state``, and of what their layers share (tensors of [R, *shape]); ``x`` then is

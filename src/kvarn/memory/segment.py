@@ -250,6 +250,28 @@ class Segment:
         shared = {name: tensor[self._row_shared[heads]] for name, tensor in self._shared.items()}
         return self.format.given({name: state[heads] for name, state in self.state.items()} | shared)
 
+    def pages_to_grow(self, heads: slice | Tensor) -> int:
+        """The most pages that ``grow`` can allocate."""
+        return self.pages_shared(heads) if self.format.grows else 0
+
+    def grow(self, heads: slice | Tensor, x: Tensor, counts: Tensor) -> None:
+        """Before the first ``counts`` of tokens ``x`` ([R, n, size]) are encoded: brings the state of a format that
+        grows up to date with them, and encodes anew what lies in heads whose state has changed."""
+        if not self.format.grows:
+            return
+        held = (torch.arange(x.shape[1]) < counts[:, None]).to(x.device)
+        old = {name: state[heads] for name, state in self.state.items()}
+        new = self.format.grown(old, x, held)
+        changed = torch.stack([(new[name] != old[name]).flatten(1).any(1) for name in new]).any(0).cpu()
+        again = self._ids(heads)[changed & (self.lengths[heads] > 0)]
+        vectors = self.decode(again) if again.numel() else x
+        for name, state in new.items():
+            self.state[name][heads] = state
+        if again.numel():
+            self._own(again)
+            lengths = self.lengths[again]
+            self.write(again, torch.zeros_like(lengths), self.encode(again, vectors), lengths)
+
     def encode(self, heads: slice | Tensor, x: Tensor) -> Rows:
         """Tokens of these heads ([R, tokens, size]) in the format."""
         return self.format_of(heads).encode(x)

@@ -87,6 +87,10 @@ class Layout(ABC):
     def shared_bytes(self) -> int:
         """Bytes that one layer's sequences share, whatever their tokens."""
 
+    def most_bytes_of_prompt(self, tokens: Tensor) -> Tensor:
+        """``most_bytes`` at the end of a prompt."""
+        return self.most_bytes(tokens)
+
     @property
     @abstractmethod
     def open_bytes(self) -> int:
@@ -180,7 +184,7 @@ class Side:
         longer = counts if int(tail.max()) else counts - ripe
         return [
             (self.tail, self.tail.pages_to_extend(heads, longer)),
-            (self.settled, self.settled.pages_to_extend(heads, ripe)),
+            (self.settled, self.settled.pages_to_extend(heads, ripe) + self.settled.pages_to_grow(heads)),
         ]
 
     def pages_to_take(self, heads: slice | Tensor) -> list[tuple[Segment, int]]:
@@ -198,7 +202,8 @@ class Side:
         """Pages that ``settle`` would allocate."""
         if self.settled is None or self.waits:
             return []
-        return [(self.settled, self.settled.pages_to_extend(heads, self.layout.ripe(self.tail.lengths[heads])))]
+        ripe = self.layout.ripe(self.tail.lengths[heads])
+        return [(self.settled, self.settled.pages_to_extend(heads, ripe) + self.settled.pages_to_grow(heads))]
 
     def append(self, heads: slice | Tensor, x: Tensor, counts: Tensor) -> None:
         """Appends ``x`` ([R, n, size], the first ``counts`` of each row); what is ripe goes straight to its format."""
@@ -212,7 +217,7 @@ class Side:
         ripe = self.layout.ripe(counts)
         first = int(ripe.max())
         if first:
-            self.settled.append(heads, self.settled.encode(heads, x[:, :first]), ripe)
+            self._settle(self.settled, heads, x[:, :first], ripe)
         rest = counts - ripe
         index = ripe[:, None] + torch.arange(int(rest.max()))
         self.tail.append(heads, self.tail.format.encode(pick(x, index.to(x.device))), rest)
@@ -227,8 +232,7 @@ class Side:
             return
         if some.numel() < ripe.numel():
             heads, ripe = self.tail._ids(heads)[some], ripe[some]
-        first = int(ripe.max())
-        self.settled.append(heads, self.settled.encode(heads, self._front(heads, first)), ripe)
+        self._settle(self.settled, heads, self._front(heads, int(ripe.max())), ripe)
         self.tail.pop_front(heads, ripe)
 
     def read(self, heads: slice | Tensor, index: Tensor | None = None, channels: slice = EVERY) -> Tensor:
@@ -270,6 +274,10 @@ class Side:
             place = (offset[:, None] + torch.arange(int(lengths.max()))).to(touched.device)
             segment.overwrite(heads, pick(everything, place), pick(touched, place))
             offset += lengths
+
+    def _settle(self, settled: Segment, heads: slice | Tensor, x: Tensor, counts: Tensor) -> None:
+        settled.grow(heads, x, counts)
+        settled.append(heads, settled.encode(heads, x), counts)
 
     def _read_at(self, heads: slice | Tensor, index: Tensor) -> Tensor:
         if self.settled is None or not self.settled.span(heads)[1]:
@@ -342,14 +350,16 @@ class Store:
         self, heads: slice | Tensor, keys: Tensor, values: Tensor, columns: Mapping[str, Tensor], counts: Tensor
     ) -> None:
         """Appends ``counts`` entries (int64 [R]) to each head: [R, n, size] keys and values, [R, n] columns."""
-        needed = self.keys.pages_to_append(heads, counts) + self.values.pages_to_append(heads, counts)
-        if self.columns:
-            needed.append((self.columns, self.columns.pages_to_extend(heads, counts)))
-        self._require(needed)
+        self._require(self.pages_to_append(heads, counts))
         self.keys.append(heads, keys, counts)
         self.values.append(heads, values, counts)
         if self.columns:
             self.columns.append(heads, dict(columns), counts)
+
+    def pages_to_append(self, heads: slice | Tensor, counts: Tensor) -> list[tuple[Segment, int]]:
+        """Pages that ``append`` would allocate in each segment."""
+        needed = self.keys.pages_to_append(heads, counts) + self.values.pages_to_append(heads, counts)
+        return [*needed, (self.columns, self.columns.pages_to_extend(heads, counts))] if self.columns else needed
 
     def reserve_like(self, heads: slice, times: int) -> None:
         """Makes room for ``times`` as many pages as ``heads`` hold, so that growing layer by layer moves nothing."""
@@ -423,6 +433,11 @@ class Store:
         self.columns.set(heads, dict(columns))
 
     # -- shrinking and changing ---------------------------------------------------------------------------------
+
+    def pages_to_change(self, heads: slice | Tensor) -> list[tuple[Segment, int]]:
+        """The most pages that ``keep``, ``drop`` and ``overwrite`` can allocate in each segment."""
+        needed = self.keys.pages_to_take(heads) + self.values.pages_to_take(heads)
+        return [*needed, (self.columns, self.columns.pages_shared(heads))] if self.columns else needed
 
     def keep(self, heads: slice | Tensor, mask: Tensor, counts: Tensor | None = None) -> None:
         """Keeps the entries where ``mask`` (bool [R, longest]) is true and frees what empties.
@@ -527,10 +542,7 @@ class Store:
 
     def _require_changes(self, heads: slice | Tensor) -> None:
         """``_require`` for operations that rewrite these heads."""
-        needed = self.keys.pages_to_take(heads) + self.values.pages_to_take(heads)
-        if self.columns:
-            needed.append((self.columns, self.columns.pages_shared(heads)))
-        self._require(needed)
+        self._require(self.pages_to_change(heads))
 
     def _open_segments(self) -> list[Segment]:
         return [self.keys.tail, self.values.tail, *([self.columns] if self.columns else [])]

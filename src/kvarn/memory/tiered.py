@@ -1,4 +1,5 @@
-"""Entries of two precisions: a head's important entries in one store, the others in a second."""
+"""Entries of two precisions: a head's important entries in one store, the others in a second, and perhaps the newest,
+exact, in a third."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,16 +9,23 @@ from torch import Tensor
 
 from .pool import Arena
 from .segment import EVERY, Segment, joined, pick
-from .store import Layout, Store, StoreLayout
+from .store import Layout, Store, StoreLayout, by_pool
 
 
 @dataclass(frozen=True)
 class TieredLayout(Layout):
-    """Of the entries of a head, the share ``share`` is kept as ``high`` says, the others as ``low`` says."""
+    """Of the entries of a head, the share ``share`` is kept as ``high`` says, the others as ``low`` says.
+
+    ``rounds_up``: a fraction of an entry counts as a high one. In decoding up to ``most_fresh`` new entries lie in
+    ``fresh``, if there is one, before they become either.
+    """
 
     high: StoreLayout
     low: StoreLayout
     share: float
+    rounds_up: bool = False
+    fresh: StoreLayout | None = None
+    most_fresh: int = 0
 
     @property
     def before_rope(self) -> bool:
@@ -25,15 +33,31 @@ class TieredLayout(Layout):
 
     def count_high(self, tokens: Tensor) -> Tensor:
         """How many of so many entries are high ones."""
-        return (tokens.double() * self.share + 1e-9).long()  # 0.29 * 100 is 28.999…
+        # 0.29 * 100 is 28.999…
+        if self.rounds_up:
+            return tokens - (tokens.double() * (1 - self.share) + 1e-9).long()
+        return (tokens.double() * self.share + 1e-9).long()
 
     def bytes(self, tokens: Tensor) -> Tensor:
         high = self.count_high(tokens)
-        return self.high.bytes(high) + self.low.bytes(tokens - high)
+        total = self.high.bytes(high) + self.low.bytes(tokens - high)
+        return total + self.fresh.bytes(torch.zeros_like(tokens)) if self.fresh else total
 
     def most_bytes(self, tokens: Tensor) -> Tensor:
+        if self.fresh is None:
+            return self.most_bytes_of_prompt(tokens)
+        # In a head that evicts, fresh entries may take the place of low ones. The most beside k pages of fresh ones is
+        # where these hold least.
+        first = torch.arange(0, self.most_fresh, self.fresh.page_size) + 1
+        fresh = torch.cat([torch.zeros(1, dtype=torch.int64), first]).minimum(tokens[..., None])
+        high = self.count_high(tokens)[..., None].minimum(tokens[..., None] - fresh)
+        total = self.high.most_bytes(high) + self.low.most_bytes(tokens[..., None] - fresh - high)
+        return (total + self.fresh.bytes(fresh)).amax(-1)
+
+    def most_bytes_of_prompt(self, tokens: Tensor) -> Tensor:
         high = self.count_high(tokens)
-        return self.high.most_bytes(high) + self.low.most_bytes(tokens - high)
+        total = self.high.most_bytes(high) + self.low.most_bytes(tokens - high)
+        return total + self.fresh.bytes(torch.zeros_like(tokens)) if self.fresh else total
 
     @property
     def shared_bytes(self) -> int:
@@ -41,120 +65,140 @@ class TieredLayout(Layout):
 
     @property
     def open_bytes(self) -> int:
-        return self.high.open_bytes + self.low.open_bytes
+        return sum(layout.open_bytes for layout in (self.high, self.low, self.fresh) if layout)
 
 
 class TieredStore(Store):
-    """A ``Store`` whose entries are in either of two. New ones come to ``high``; ``demote`` moves them to ``low``.
+    """A ``Store`` whose entries are in one of several. In decoding new ones come to ``fresh``, or to ``high`` where the
+    layout has no such; ``demote`` moves them to ``low`` and what is left of ``fresh`` to ``high``.
 
-    What is read has a head's low entries first.
+    What is read has a head's low entries first, then the high ones, then the fresh ones.
     """
 
     def __init__(self, layout: TieredLayout, arena: Arena, heads: int, layers: Sequence[int] = (0,)):
         self.layout: Layout = layout
         self.arena = arena
         self.high, self.low = (Store(tier, arena, heads, layers) for tier in (layout.high, layout.low))
+        self.fresh = Store(layout.fresh, arena, heads, layers) if layout.fresh else None
+
+    @property
+    def stores(self) -> list[Store]:
+        """In the order of reading."""
+        return [self.low, *self.upper]
+
+    @property
+    def upper(self) -> list[Store]:
+        """What is not ``low``, in the order of reading."""
+        return [self.high, self.fresh] if self.fresh else [self.high]
 
     @property
     def lengths(self) -> Tensor:
         """Entries of each head, int64 [heads] on the host."""
-        return self.low.lengths + self.high.lengths
+        return torch.stack([store.lengths for store in self.stores]).sum(0)
+
+    @property
+    def upper_lengths(self) -> Tensor:
+        """Of those the ones that are not low, int64 [heads] on the host."""
+        return self.lengths - self.low.lengths
 
     @property
     def segments(self) -> Iterator[Segment]:
-        yield from self.low.segments
-        yield from self.high.segments
+        for store in self.stores:
+            yield from store.segments
 
     # -- growing ------------------------------------------------------------------------------------------------
 
     def append(
-        self, heads: slice | Tensor, keys: Tensor, values: Tensor, columns: Mapping[str, Tensor], counts: Tensor
+        self,
+        heads: slice | Tensor,
+        keys: Tensor,
+        values: Tensor,
+        columns: Mapping[str, Tensor],
+        counts: Tensor,
+        low: Tensor | None = None,
     ) -> None:
-        """As ``Store.append``: new entries are high ones."""
-        self.high.append(heads, keys, values, columns, counts)
-
-    @property
-    def watched(self) -> int | None:
-        """As ``Store.watched``, of both."""
-        return max((store.watched for store in (self.low, self.high) if store.watched is not None), default=None)
+        """As ``Store.append``: those in ``low`` (bool [R, n]) are low entries, the others high ones."""
+        if low is None:
+            self.high.append(heads, keys, values, columns, counts)
+            return
+        held = (torch.arange(keys.shape[1]) < counts[:, None]).to(keys.device)
+        parts = [(store, *_packed(mask)) for store, mask in ((self.low, held & low), (self.high, held & ~low))]
+        self._require([needed for store, _, chosen in parts for needed in store.pages_to_append(heads, chosen)])
+        for store, index, chosen in parts:
+            rows = {name: pick(column, index) for name, column in columns.items()}
+            store.append(heads, pick(keys, index), pick(values, index), rows, chosen)
 
     def observe(
         self, heads: slice | Tensor, keys: Tensor, values: Tensor, counts: Tensor, queries: Tensor, marked: Tensor
     ) -> None:
-        """As ``Store.observe``, for both."""
-        self.low.observe(heads, keys, values, counts, queries, marked)
-        self.high.observe(heads, keys, values, counts, queries, marked)
-
-    def reserve_like(self, heads: slice, times: int) -> None:
-        self.low.reserve_like(heads, times)
-        self.high.reserve_like(heads, times)
+        """As ``Store.observe``, for all of them: each sees all tokens."""
+        for store in self.stores:
+            store.observe(heads, keys, values, counts, queries, marked)
 
     def pages_to_open(self, heads: slice | Tensor) -> list[tuple[Segment, int]]:
-        return self.high.pages_to_open(heads)
+        return self.upper[-1].pages_to_open(heads)
 
     def open_token(self, columns: Mapping[str, Tensor], heads: slice | Tensor | None = None) -> None:
-        self.high.open_token(columns, heads)
+        self.upper[-1].open_token(columns, heads)
 
     def put_token(
         self, heads: slice, keys: Tensor, values: Tensor, channels: tuple[slice, slice] = (EVERY, EVERY)
     ) -> None:
-        self.high.put_token(heads, keys, values, channels)
+        self.upper[-1].put_token(heads, keys, values, channels)
 
     def wait(self, waits: bool) -> None:
-        self.low.wait(waits)
-        self.high.wait(waits)
+        for store in self.stores:
+            store.wait(waits)
 
     def settle(self, heads: slice | Tensor) -> None:
-        self.low.settle(heads)
-        self.high.settle(heads)
+        for store in self.stores:
+            store.settle(heads)
 
     # -- reading ------------------------------------------------------------------------------------------------
 
     def read(self, heads: slice | Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As ``Store.read``."""
-        return self.read_keys(heads, index), self._either(heads, index, lambda store, at: store.values.read(heads, at))
+        return self.read_keys(heads, index), self._read(heads, index, lambda store, at: store.values.read(heads, at))
 
     def read_keys(self, heads: slice | Tensor, index: Tensor | None = None) -> Tensor:
-        return self._either(heads, index, lambda store, at: store.read_keys(heads, at))
+        return self._read(heads, index, lambda store, at: store.read_keys(heads, at))
 
     def read_channels(self, heads: slice | Tensor, keys: slice, values: slice) -> tuple[Tensor, Tensor]:
         """As ``read``, but of each key only the numbers ``keys``, of each value the numbers ``values``."""
         return (
-            self._either(heads, None, lambda store, at: store.keys.read(heads, at, keys)),
-            self._either(heads, None, lambda store, at: store.values.read(heads, at, values)),
+            self._read(heads, None, lambda store, at: store.keys.read(heads, at, keys)),
+            self._read(heads, None, lambda store, at: store.values.read(heads, at, values)),
         )
 
     def read_columns(self, heads: slice | Tensor) -> dict[str, Tensor]:
-        low, high = self.low.read_columns(heads), self.high.read_columns(heads)
-        return {name: self._joined(heads, low[name], high[name]) for name in high}
+        return _columns(self.stores, heads)
+
+    def read_upper_columns(self, heads: slice | Tensor) -> dict[str, Tensor]:
+        """The columns of the entries that are not low, in the order of reading."""
+        return _columns(self.upper, heads)
 
     def read_column(self, heads: slice | Tensor, name: str, index: Tensor | None = None) -> Tensor:
-        return self._either(heads, index, lambda store, at: store.read_column(heads, name, at))
+        return self._read(heads, index, lambda store, at: store.read_column(heads, name, at))
 
     def set_columns(self, heads: slice | Tensor, columns: Mapping[str, Tensor]) -> None:
-        split = {name: self._split(heads, column) for name, column in columns.items()}
-        self.low.set_columns(heads, {name: low for name, (low, _) in split.items()})
-        self.high.set_columns(heads, {name: high for name, (_, high) in split.items()})
+        split = {name: _split(self.stores, heads, column) for name, column in columns.items()}
+        for place, store in enumerate(self.stores):
+            store.set_columns(heads, {name: parts[place] for name, parts in split.items()})
 
     # -- shrinking and changing ---------------------------------------------------------------------------------
 
-    def demote(self, heads: Tensor, index: Tensor, counts: Tensor) -> None:
-        """Moves high entries to ``low``: the first ``counts`` (int64 [R] on the host) of ``index`` (int64 [R, m], their
-        places among a head's high entries)."""
-        keys, values = (pick(side, index) for side in self.high.read(heads))
-        columns = {name: pick(column, index) for name, column in self.high.read_columns(heads).items()}
-        self.low.append(heads, keys, values, columns, counts)
-        stays = _held(self.high, heads, index)
-        moved = torch.arange(index.shape[1], device=index.device) < counts.to(index.device)[:, None]
-        gone = stays.new_zeros((stays.shape[0], stays.shape[1] + 1))  # the last place takes what is not moved
-        gone.scatter_(1, torch.where(moved, index, stays.shape[1]), True)
-        self.high.keep(heads, stays & ~gone[:, :-1], self.high.lengths[heads] - counts)
+    def demote(self, heads: slice | Tensor, chosen: Tensor) -> None:
+        """Of the entries that are not low, as they are read, moves those in ``chosen`` (bool [R, n]) to ``low``, and
+        fresh ones that are not to ``high``."""
+        for store, mask in zip(self.upper, _split(self.upper, heads, chosen), strict=True):
+            _move(heads, store, self.low, mask & _held(store, heads, mask))
+        if self.fresh:
+            _move(heads, self.fresh, self.high, _held(self.fresh, heads, chosen))
 
     def keep(self, heads: slice | Tensor, mask: Tensor, counts: Tensor | None = None) -> None:
         """As ``Store.keep``, of the entries as they are read."""
-        low, high = self._split(heads, mask)
-        self.low.keep(heads, low & _held(self.low, heads, mask))
-        self.high.keep(heads, high & _held(self.high, heads, mask))
+        for store, part in zip(self.stores, _split(self.stores, heads, mask), strict=True):
+            store.keep(heads, part & _held(store, heads, mask))
 
     def drop(self, heads: slice | Tensor, victims: Tensor, counts: Tensor | None = None) -> None:
         """As ``Store.drop``, of the entries as they are read."""
@@ -164,49 +208,66 @@ class TieredStore(Store):
         everything = victims.new_ones((victims.shape[0], int(self.lengths[heads].max())), dtype=torch.bool)
         self.keep(heads, everything.scatter(1, victims, stays))
 
-    def share(self, heads: slice | Tensor, source: Store, source_heads: slice | Tensor) -> None:
-        assert isinstance(source, TieredStore)
-        self.low.share(heads, source.low, source_heads)
-        self.high.share(heads, source.high, source_heads)
-
-    def free(self, heads: slice | Tensor) -> None:
-        self.low.free(heads)
-        self.high.free(heads)
-
-    def note_spans(self) -> None:
-        self.low.note_spans()
-        self.high.note_spans()
-
-    @property
-    def bookkeeping_bytes(self) -> int:
-        return self.low.bookkeeping_bytes + self.high.bookkeeping_bytes
-
-    @property
-    def reserved_bookkeeping_bytes(self) -> int:
-        return self.low.reserved_bookkeeping_bytes + self.high.reserved_bookkeeping_bytes
-
-    def _either(
+    def _read(
         self, heads: slice | Tensor, index: Tensor | None, read: Callable[[Store, Tensor | None], Tensor]
     ) -> Tensor:
-        """What ``read`` gives of both stores, as the entries are read."""
-        low, high = self.low.lengths[heads], self.high.lengths[heads]
+        """What ``read`` gives of all stores, as the entries are read."""
         if index is None:
-            return self._joined(heads, read(self.low, None), read(self.high, None))
-        if not int(low.max()) or not int(high.max()):
-            return read(self.low if int(low.max()) else self.high, index)
-        before = low.to(index.device)[:, None]
-        of_low = read(self.low, index)
-        of_high = read(self.high, (index - before).clamp(min=0))
-        return torch.where((index < before).view(*index.shape, *[1] * (of_low.dim() - 2)), of_low, of_high)
+            return _joined(self.stores, heads, [read(store, None) for store in self.stores])
+        first, found = torch.zeros_like(index), None
+        for store in self.stores:
+            lengths = store.lengths[heads]
+            if not int(lengths.max()):
+                continue
+            part = read(store, (index - first).clamp(min=0))
+            own = (index >= first).view(*index.shape, *[1] * (part.dim() - 2))
+            found = part if found is None else torch.where(own, part, found)
+            first = first + lengths.to(index.device)[:, None]
+        return read(self.high, index) if found is None else found
 
-    def _joined(self, heads: slice | Tensor, low: Tensor, high: Tensor) -> Tensor:
-        return joined(low, high, self.low.lengths[heads], int(self.lengths[heads].max()))
 
-    def _split(self, heads: slice | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[R, longest, …] as read -> what belongs to low and to high entries."""
-        low, high = self.low.lengths[heads], self.high.lengths[heads]
-        place = low[:, None] + torch.arange(int(high.max()))
-        return x[:, : int(low.max())], pick(x, place.to(x.device))
+def _move(heads: slice | Tensor, source: Store, target: Store, mask: Tensor) -> None:
+    """Moves the entries in ``mask`` (bool [R, longest]) from one store to the other."""
+    index, counts = _packed(mask)
+    if not index.shape[1]:
+        return
+    target.arena.require(by_pool(target.pages_to_append(heads, counts) + source.pages_to_change(heads)))
+    keys, values = (pick(side, index) for side in source.read(heads))
+    columns = {name: pick(column, index) for name, column in source.read_columns(heads).items()}
+    target.append(heads, keys, values, columns, counts)
+    source.keep(heads, ~mask & _held(source, heads, mask), source.lengths[heads] - counts)
+
+
+def _packed(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The places in ``mask`` (bool [R, n]) in order, int64 [R, the most], and how many, int64 [R] on the host."""
+    counts = mask.sum(1).cpu()
+    return (~mask).byte().argsort(dim=1, stable=True)[:, : int(counts.max())], counts
+
+
+def _joined(stores: list[Store], heads: slice | Tensor, parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """What was read of each store as what is read of all: [R, longest, …]."""
+    whole, lengths = parts[0], stores[0].lengths[heads]
+    for store, part in zip(stores[1:], parts[1:], strict=True):
+        longest = int((lengths + store.lengths[heads]).max())
+        whole = joined(whole, part, lengths, longest)
+        lengths = lengths + store.lengths[heads]
+    return whole
+
+
+def _columns(stores: list[Store], heads: slice | Tensor) -> dict[str, Tensor]:
+    parts = [store.read_columns(heads) for store in stores]
+    return {name: _joined(stores, heads, [part[name] for part in parts]) for name in parts[0]}
+
+
+def _split(stores: list[Store], heads: slice | Tensor, x: Tensor) -> list[Tensor]:
+    """[R, longest, …] as read -> what belongs to each store."""
+    first, parts = torch.zeros_like(stores[0].lengths[heads]), []
+    for store in stores:
+        lengths = store.lengths[heads]
+        place = first[:, None] + torch.arange(int(lengths.max()))
+        parts.append(pick(x, place.to(x.device)))
+        first = first + lengths
+    return parts
 
 
 def _held(store: Store, heads: slice | Tensor, like: Tensor) -> Tensor:

@@ -36,7 +36,6 @@ class XQuantCL(Method):
         "XQuant: Breaking the Memory Wall for LLM Inference with KV Cache Rematerialization, 2025, arXiv 2508.10395, "
         "section 3.3"
     )
-    keeps_inputs = True
 
     def __post_init__(self) -> None:
         if not {self.bits, self.first_bits} <= {2, 3, 4, 8}:

@@ -1,6 +1,6 @@
 """What happens to what is over budget."""
 
-from .eviction import Eviction
+from .eviction import Eviction, Thinning
 from .exemption import Exemption, FirstTokens, MassiveTokens
 from .merging import Clustering, Discrimination, Entries, Folding, Joined, Merging, Runs
 from .precision import Precision
@@ -18,4 +18,5 @@ __all__ = [
     "Merging",
     "Precision",
     "Runs",
+    "Thinning",
 ]

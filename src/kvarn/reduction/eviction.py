@@ -106,6 +106,17 @@ class Eviction:
         return ranked.argsort(dim=-1, stable=True)[:, : int(leaving.max())]
 
 
+@dataclass(frozen=True)
+class Thinning(Eviction):
+    """Eviction that leaves the share ``keeps`` of what a full head holds before its newest ``recent`` entries."""
+
+    keeps: float = 0.75
+
+    def leaving(self, capacity: Tensor) -> Tensor:
+        older = capacity + 1 - self.recent
+        return (older - (older * self.keeps + 1e-9).long()).clamp(min=self.at_once)
+
+
 def _best(ranked: Tensor, count: Tensor) -> Tensor:
     """The ``count`` ([...]) highest of ``ranked`` ([..., n]), bool."""
     most = int(count.max())

@@ -4,6 +4,7 @@ from .observing import AccumulatedMass, ObservingScore
 from .patched import PatchedMass
 from .persistence import Persistence
 from .perturbed import PerturbedMass
+from .probed import ProbedMass
 from .recurrence import Recurrence
 from .scores import LayerMass, Recency, Score, WindowMass, protected
 from .view import Observation, PromptView
@@ -16,6 +17,7 @@ __all__ = [
     "PatchedMass",
     "Persistence",
     "PerturbedMass",
+    "ProbedMass",
     "PromptView",
     "Recency",
     "Recurrence",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..formats import ColumnType
+from .hashing import mixed
 from .observing import Columns, ObservingScore
 from .view import Observation
 
@@ -47,15 +48,8 @@ class PerturbedMass(ObservingScore):
         """Noise for each query and entry, [B, K, G, q, n]."""
         kv_heads = entries.shape[1]
         heads = torch.arange(kv_heads * group, device=entries.device, dtype=torch.int32).view(1, kv_heads, group, 1)
-        stream = _mixed(heads + (observation.layer * 40503 + self.seed * 97))
-        rows = _mixed(stream + observation.queries.int()[:, None, None] * 0x27D4EB2F)
-        hashed = _mixed(rows[..., None] + entries.int()[:, :, None, None] * 0x165667B1)
+        stream = mixed(heads + (observation.layer * 40503 + self.seed * 97))
+        rows = mixed(stream + observation.queries.int()[:, None, None] * 0x27D4EB2F)
+        hashed = mixed(rows[..., None] + entries.int()[:, :, None, None] * 0x165667B1)
         uniform = ((hashed >> 9 & 0x7FFFFF).float() + 0.5) / 2**23  # never 0 or 1 in fp32
         return -(-uniform.log()).log()
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """A hash of 32-bit integers (the finalizer of MurmurHash3)."""
-    x = (x ^ (x >> 16 & 0xFFFF)) * -0x7A143595
-    x = (x ^ (x >> 13 & 0x7FFFF)) * -0x3D4D51CB
-    return x ^ (x >> 16 & 0xFFFF)

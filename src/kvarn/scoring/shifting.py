@@ -18,12 +18,14 @@ class ShiftingMass(ObservingScore):
     """Mean attention of the last ``window`` queries and ``shift`` times its variance over them, pooled over ``kernel``
     neighbours, averaged over the group; in decoding the attention of the last query alone.
 
-    CAKE (arXiv 2503.12491, section 4.2). What the window itself receives does not count.
+    CAKE (arXiv 2503.12491, section 4.2). What the window itself receives does not count. Neighbours are those in the
+    order of reading, or with ``by_age`` in that of their positions.
     """
 
     window: int
     shift: float
     kernel: int = 5
+    by_age: bool = False
 
     columns: ClassVar[Mapping[str, ColumnType]] = {"worth": torch.float32}
 
@@ -36,8 +38,17 @@ class ShiftingMass(ObservingScore):
         worth = mean + self.shift * variance
         newest = observation.queries.amax(1)[:, None, None]
         worth = worth.masked_fill((columns["position"] > newest - self.window)[:, :, None], 0)
+        if not self.by_age:
+            return {"worth": self._pooled(worth).mean(2)}
+        order = columns["position"].argsort(dim=-1, stable=True)
+        each = order[:, :, None].expand_as(worth)
+        return {
+            "worth": torch.empty_like(worth[:, :, 0]).scatter_(-1, order, self._pooled(worth.gather(-1, each)).mean(2))
+        }
+
+    def _pooled(self, worth: Tensor) -> Tensor:
         pooled = avg_pool1d(worth.flatten(0, 2)[:, None], self.kernel, stride=1, padding=self.kernel // 2)
-        return {"worth": pooled.view_as(worth).mean(2)}
+        return pooled.view_as(worth)
 
     def stored(self, columns: Columns, seen: Tensor) -> Tensor:
         return columns["worth"]
@@ -51,3 +62,13 @@ def over_queries(probabilities: Tensor, queries: Tensor) -> tuple[Tensor, Tensor
     mean = (probabilities * real).sum(3) / count.clamp(min=1)
     squares = ((probabilities - mean[:, :, :, None]).square() * real).sum(3)
     return mean, squares / (count - 1).clamp(min=1)
+
+
+def kurtosis(probabilities: Tensor, queries: Tensor) -> Tensor:
+    """The fourth central moment over the square of the second (at least 1e-8), of what the real ones of ``queries`` pay
+    (arguments as for ``over_queries``): [B, K, G, n]."""
+    real = (queries >= 0)[:, None, None, :, None]
+    mean, _ = over_queries(probabilities, queries)
+    squares = (probabilities - mean[:, :, :, None]).square() * real
+    count = real.sum(3).clamp(min=1)
+    return (squares.square().sum(3) / count) / (squares.sum(3) / count).clamp(min=1e-8).square()

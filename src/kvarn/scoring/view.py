@@ -31,8 +31,13 @@ class PromptView:
     def last_queries(self, count: int) -> tuple[Tensor, tuple[Part, ...]]:
         """The last ``count`` real tokens of each prompt (fewer give rows that read nothing): [B, H, count, D]."""
         index = self._last(count)
+        return self.queries_at(index, self.query_positions.gather(1, index))
+
+    def queries_at(self, index: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Part, ...]]:
+        """The queries at ``index`` (int64 [B, m]) and the parts as they may read them from ``positions``, which are
+        theirs, or -1 to read nothing: [B, H, m, D]."""
         query = self.query.gather(2, index[:, None, :, None].expand(-1, self.query.shape[1], -1, self.query.shape[3]))
-        return query, self.masked_parts(self.query_positions.gather(1, index))
+        return query, self.masked_parts(positions)
 
     def last_positions(self, count: int) -> Tensor:
         """The positions of ``last_queries``, int64 [B, count], -1 for padding."""
