@@ -14,6 +14,7 @@ from kvarn.budgets import Policy, Preferred, Restlessness
 from kvarn.budgets.policy import Uniform
 from kvarn.errors import RecipeError
 from kvarn.methods.cake import CAKE
+from kvarn.methods.kivi import KIVI
 from kvarn.recipe import Recipe
 from kvarn.scoring import PromptView
 from tiny_models import make_tiny
@@ -142,6 +143,18 @@ def test_a_cascade_keeps_what_one_division_at_the_end_would() -> None:
     assert 0.95 * cascaded.plan.allowed[0] < report.bytes == cascaded.plan.bytes[0] <= cascaded.plan.allowed[0]
     dense_layer = report.dense_bytes / 4
     assert report.peak_bytes < cascaded.plan.allowed[0] + 1.1 * dense_layer
+
+
+def test_layers_that_were_cut_on_the_way_are_encoded_once() -> None:
+    kivi = KIVI(bits=2, group=8, residual=16)
+    cascaded = read(CAKE(window=8) + kivi, 0.3)
+    fixed = Fixed(window=8).with_learnt({"capacity": cascaded.plan.capacity})
+    at_once = read(Recipe((fixed, kivi)), 0.3)
+    assert torch.equal(torch.tensor(cascaded.report().entries), torch.tensor(at_once.report().entries))
+    for mine, theirs in zip(*(cache._groups[0].store.read(slice(0, 8)) for cache in (cascaded, at_once)), strict=True):
+        for head, length in enumerate(cascaded._groups[0].store.lengths.tolist()):
+            assert length > 16
+            torch.testing.assert_close(mine[head, :length], theirs[head, :length])
 
 
 def test_large_taus_are_uniform_and_what_fits_is_left_alone() -> None:
