@@ -45,14 +45,14 @@ def main() -> None:
     rows, talk = {}, None
     for name, recipe in recipes.items():
         talk = kvarn.Episodes(model, tokenizer, CONVERSATION, recipe, ENTRIES, excerpts=1, on_host=True)
-        losses = []
+        report, losses = talk.reports()[-1], []  # of the cache that is on the device
         for topic in range(len(talk.caches)):
             losses.append([_loss(model, tokenizer, talk.cache(topic), *pair) for *pair, _ in QUESTIONS])
         topics = [talk.topic(question) for question, _, _ in QUESTIONS]
         mine = [losses[topic][question] for question, topic in enumerate(topics)]
         others = [x for topic, row in enumerate(losses) for x, own in zip(row, topics, strict=True) if own != topic]
-        rows[f"topic ({name})"] = _row(mine, talk.caches[-1])
-        rows[f"others ({name})"] = _row(others, talk.caches[-1])
+        rows[f"topic ({name})"] = _row(mine, report)
+        rows[f"others ({name})"] = _row(others, report)
     for name, recipe, budget, block in (
         ("full", "full", None, None),
         ("full in blocks", "full", None, BLOCK),
@@ -63,7 +63,8 @@ def main() -> None:
     ):
         cache = kvarn.Cache(model, recipe, budget, block=block)
         model.base_model(talk.ids, past_key_values=cache)
-        rows[name] = _row([_loss(model, tokenizer, cache, *pair) for *pair, _ in QUESTIONS], cache)
+        report = cache.report()
+        rows[name] = _row([_loss(model, tokenizer, cache, *pair) for *pair, _ in QUESTIONS], report)
     result = {
         "command": "python benchmarks/episodes.py",
         "machine": hardware(model.device),
@@ -86,8 +87,7 @@ def _loss(model, tokenizer, cache, question, reply):
     return -float(chosen.mean())
 
 
-def _row(losses, cache):
-    report = cache.report()
+def _row(losses, report):
     return {
         "loss": round(statistics.mean(losses), 3),
         "of_dense": round(report.ratio, 3),

@@ -171,11 +171,7 @@ def test_the_topic_of_a_question_answers_it_better_than_others_do(smollm2) -> No
         chosen = logits[0, asked.shape[1] - 1 : -1].log_softmax(-1).gather(1, expected[0, :, None])
         return -float(chosen.mean())
 
-    routed = others = snapkv = 0.0
-    for question, reply, _ in (QUESTIONS[3], QUESTIONS[6]):
-        topic = talk.topic(question)
-        routed += loss(talk.caches[topic], question, reply) / 2
-        others += loss(talk.caches[1 - topic], question, reply) / 2
-        snapkv += loss(blocks, question, reply) / 2
-    assert routed < others - 0.5
-    assert routed < snapkv - 0.5
+    question, reply, _ = QUESTIONS[6]
+    topic = talk.topic(question)
+    losses = [loss(cache, question, reply) for cache in (talk.cache(topic), talk.cache(1 - topic), blocks)]
+    assert losses[0] < min(losses[1:]) - 1, losses

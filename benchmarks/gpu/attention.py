@@ -79,9 +79,10 @@ def filled(case: str, lengths: torch.Tensor, layers: int, page: int) -> Store:
 
 def bytes_of(store: Store, layers: int) -> float:
     """Bytes of the entries of one layer."""
-    return sum(
-        segment.format.unit_bytes * int(segment.lengths.sum()) / segment.unit for segment in store.segments
-    ) / layers
+    return (
+        sum(segment.format.unit_bytes * int(segment.lengths.sum()) / segment.unit for segment in store.segments)
+        / layers
+    )
 
 
 def graphed(run, layers: int) -> float:
@@ -160,8 +161,11 @@ def main() -> None:
             dense.setdefault(kind, row["microseconds"])
             row["against_first"] = dense[kind] / row["microseconds"]
             rows.append(row)
-            print("{case:7} {lengths:>6} {microseconds:7.1f} us  {of_copy:.3f} of copy  {against_first:.2f}x  "
-                  "error {error:.1e}".format(**row), flush=True)
+            print(
+                "{case:7} {lengths:>6} {microseconds:7.1f} us  {of_copy:.3f} of copy  {against_first:.2f}x  "
+                "error {error:.1e}".format(**row),
+                flush=True,
+            )
     if arguments.out:
         report = {
             "command": "python " + " ".join(sys.argv),

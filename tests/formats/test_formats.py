@@ -8,6 +8,7 @@ from kvarn.attention import Part, Variant, attend
 from kvarn.errors import RecipeError
 from kvarn.formats import Columns, Dense, Format, Int
 from kvarn.formats.packing import unpack
+from kvarn.formats.spectral import Spectral
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DTYPE_IDS = ["fp32", "bf16", "fp16"]
@@ -222,3 +223,10 @@ def test_keys_tell_formats_apart() -> None:
     assert keys == [fmt.key for fmt in make()]
     # Formats that mean different things must not meet in one pool.
     assert len(set(keys)) == len(keys)
+
+
+def test_no_tokens_at_all_are_read_as_none() -> None:
+    fmt = Spectral(8, 4, 16, torch.float32).given({"wide": torch.arange(8, dtype=torch.int16).expand(3, -1)})
+    rows = fmt.encode(torch.zeros(3, 0, 16))
+    assert rows["signs"].shape[:2] == (3, 0)
+    assert fmt.decode(rows).shape == (3, 0, 16)

@@ -72,12 +72,16 @@ def _places(channels: Tensor, tokens: int) -> Tensor:
 def _spectrum(x: Tensor) -> Tensor:
     """[..., m] -> the m real numbers of its transform: real parts of bins 0 .. m/2, imaginary parts of 1 .. m/2 - 1
     (those of the first and the last are 0). The first and the last count once in a norm, the others twice."""
+    if not x.numel():  # which not every library of transforms takes
+        return x
     bins = torch.fft.rfft(x, norm="ortho")
     return torch.cat([bins.real, bins.imag[..., 1:-1]], -1)
 
 
 def _vectors(spectrum: Tensor) -> Tensor:
     """The inverse of ``_spectrum``."""
+    if not spectrum.numel():
+        return spectrum
     m = spectrum.shape[-1]
     real, imaginary = spectrum.split([m // 2 + 1, m // 2 - 1], -1)
     return torch.fft.irfft(torch.complex(real, torch.nn.functional.pad(imaginary, (1, 1))), n=m, norm="ortho")
