@@ -14,8 +14,8 @@ from tiny_models import make_tiny
 pytestmark = pytest.mark.gpu
 
 
-# One number that is rounded the other way changes what follows.
-CODED = ("kivi", "gear", "mikv", "vidkv", "xquant", "kvquant", "rotatekv", "zipcache", "arkv")
+# One number that is rounded the other way, or the other of two equal tokens that is chosen, changes what follows.
+CODED = ("kivi", "gear", "mikv", "vidkv", "xquant", "kvquant", "rotatekv", "zipcache", "arkv", "tokenselect")
 EXACT = [pair for pair in RECIPES if not any(name in str(pair[0]) for name in CODED)]
 EVERYWHERE = [pair for pair in EXACT if not re.search("fastkv|minicache", str(pair[0]))]
 
@@ -38,9 +38,15 @@ def test_a_gpu_gives_what_the_cpu_gives(architecture, recipe, budget):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["kivi(bits=4, group=8, residual=16)", "h2o + kivi(bits=8, group=8, residual=16)", "zipcache(gap=8)"]
+    "recipe",
+    [
+        "kivi(bits=4, group=8, residual=16)",
+        "h2o + kivi(bits=8, group=8, residual=16)",
+        "zipcache(gap=8)",
+        "tokenselect(sinks=2, local=8, count=10, chunk=8)",
+    ],
 )
-def test_integer_formats_hold_the_same_numbers(recipe):
+def test_a_layer_holds_the_same_numbers(recipe):
     """Layer by layer: through a whole model, one number that is rounded the other way changes all that follow."""
     tokens = random_tokens(120)
     layers = {device: OneLayer(recipe, 60, device) for device in ("cpu", "cuda")}

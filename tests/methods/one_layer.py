@@ -33,7 +33,7 @@ class OneLayer:
         layout = parsed.layout(LAYER, torch.float32, page_size=4)
         eviction = parsed.eviction(LAYER, torch.float32)
         arena, precision = Arena(torch.device(device), 4), parsed.precision(LAYER, torch.float32)
-        rotary = Rotary(make_tiny("llama")) if layout.before_rope else None
+        rotary = Rotary(make_tiny("llama").to(device)) if layout.before_rope else None
         selection = parsed.selection(LAYER)
         if isinstance(selection, Chunks):
             self.group = ChunkGroup([0], LAYER, layout, selection, arena, 1, rotary)

@@ -11,7 +11,7 @@ import kvarn
 from drive import logits_of
 from kvarn.attention.rotary import Rotary
 from kvarn.errors import RecipeError
-from kvarn.formats import LowRank
+from kvarn.formats import Dense, Subspace
 from kvarn.memory import Segment
 from kvarn.methods.shadowkv import ShadowKV
 from kvarn.selection import stray
@@ -207,7 +207,7 @@ def test_a_needle_is_found_by_landmarks_and_keys_are_low_rank_before_their_rotat
         keys = group.store.read(group.heads(12))[0][None]
         keys = Rotary(model).undo(keys, torch.arange(300)) if undo else keys
         joint = keys[0].transpose(0, 1).flatten(1)[None]
-        fmt = LowRank(48, joint.shape[-1], joint.dtype)
+        fmt = Subspace(Dense(48, joint.dtype), 48, joint.shape[-1], joint.dtype)
         fmt = fmt.given(fmt.observe(joint, torch.ones(1, 300, dtype=torch.bool), joint[:, None, :0]))
         errors.append(float((fmt.decode(fmt.encode(joint)) - joint).square().sum().sqrt()))
         assert errors[-1] == pytest.approx(float(torch.linalg.svdvals(joint[0])[48:].square().sum().sqrt()), rel=1e-3)

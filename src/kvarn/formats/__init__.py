@@ -8,7 +8,6 @@ from .dense import Dense
 from .exempt import Exempt
 from .float8 import Float8
 from .integer import Int
-from .lowrank import LowRank
 from .narrow import Channels, Narrow
 from .nonuniform import NonUniform, exact_numbers
 from .ranged import Ranged
@@ -31,7 +30,6 @@ __all__ = [
     "Float8",
     "Format",
     "Int",
-    "LowRank",
     "Narrow",
     "NonUniform",
     "Ranged",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import RecipeError
-from ..formats import Dense, LowRank
+from ..formats import Dense, Subspace
 from ..memory import SideLayout
 from ..selection import Chunks
 from ..spec import LayerSpec
@@ -48,7 +48,7 @@ class ShadowKV(Method):
         layer, hold = layer.joint, self.local * self.chunk
         rank = min(self.rank, layer.key_size)
         keys, values = Dense(layer.key_size, dtype), Dense(layer.value_size, dtype)
-        coordinates = LowRank(rank, layer.key_size, dtype)
+        coordinates = Subspace(Dense(rank, dtype), rank, layer.key_size, dtype)
         return (
             SideLayout(coordinates, keys, hold, self.chunk, before_rope=True),
             SideLayout(values, values, hold, self.chunk, tier="host"),
