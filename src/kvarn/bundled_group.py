@@ -10,6 +10,7 @@ from .formats import Bundled
 from .group import Fresh, LayerGroup, Step
 from .memory import Arena, BoundedLayout, TieredStore
 from .memory.segment import joined, pick
+from .memory.tiered import leading
 from .reduction import Eviction
 from .scoring import PromptView
 from .spec import LayerSpec
@@ -187,9 +188,7 @@ class BundledGroup(LayerGroup):
         keys, values = self.store.high.read(chosen)
         beyond = torch.arange(keys.shape[1]) >= self.store.high.lengths[chosen][:, None]
         strain = self._strain(chosen, keys, values).masked_fill(beyond.to(keys.device), torch.inf)
-        order = strain.argsort(dim=1, stable=True)
-        within = (torch.arange(order.shape[1]) < excess[some][:, None]).to(order.device)
-        self.store.demote(chosen, torch.zeros_like(within).scatter_(1, order, within))
+        self.store.demote(chosen, leading(strain.argsort(dim=1, stable=True), excess[some]))
 
     def _part(self, heads: slice, mask: Tensor | None) -> Part:
         """What is stored, as the layer that is being attended to reads it."""

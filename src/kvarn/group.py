@@ -667,7 +667,7 @@ class LayerGroup:
 
     def _before(self, number: int) -> Tensor:
         """The store's heads of layers before ``number``, bool [heads]."""
-        return torch.tensor([own < number for own in self.numbers]).repeat_interleave(self.stride)
+        return torch.tensor([own < number for own in self.numbers[:: self.layer.depth]]).repeat_interleave(self.stride)
 
     def _per_head(self, per_sequence: Tensor) -> Tensor:
         """[B] -> [heads of the store]; 0 in free slots."""

@@ -7,6 +7,7 @@ from .attention.rotary import Rotary
 from .group import LayerGroup, Step
 from .memory import Arena, TieredLayout, TieredStore
 from .memory.segment import joined, pick
+from .memory.tiered import leading
 from .plan import Plan
 from .reduction import Eviction, Precision
 from .scoring import ObservingScore
@@ -145,6 +146,4 @@ class TieredGroup(LayerGroup):
         device = self.arena.device
         settled = self.store.high.lengths[heads] if self.store.fresh else torch.zeros_like(lengths)
         state = (t.to(device) for t in (lengths, seen, allowed, settled))
-        order = self.precision.first_to_go(columns, *state)
-        within = torch.arange(order.shape[1]) < (lengths - allowed)[:, None]
-        return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, within.to(device))
+        return leading(self.precision.first_to_go(columns, *state), lengths - allowed)

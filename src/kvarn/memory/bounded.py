@@ -18,7 +18,7 @@ class BoundedLayout(TieredLayout):
     def bytes(self, tokens: Tensor) -> Tensor:
         return self._at_most(tokens) if self.share else super().bytes(tokens)
 
-    def most_bytes(self, tokens: Tensor) -> Tensor:
+    def most_bytes_of_prompt(self, tokens: Tensor) -> Tensor:
         return self._at_most(tokens)
 
     def _at_most(self, tokens: Tensor) -> Tensor:

@@ -226,6 +226,12 @@ class TieredStore(Store):
         return read(self.high, index) if found is None else found
 
 
+def leading(order: Tensor, counts: Tensor) -> Tensor:
+    """The first ``counts`` ([R] on the host) of each row of ``order`` (int64 [R, n], all places once), bool [R, n]."""
+    within = torch.arange(order.shape[1]) < counts[:, None]
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, within.to(order.device))
+
+
 def _move(heads: slice | Tensor, source: Store, target: Store, mask: Tensor) -> None:
     """Moves the entries in ``mask`` (bool [R, longest]) from one store to the other."""
     index, counts = _packed(mask)
