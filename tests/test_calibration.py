@@ -75,4 +75,5 @@ def test_where_there_is_nothing_to_learn(capsys) -> None:
     with pytest.raises(CalibrationError, match="has to be calibrated for a model first"):
         Recipe.parse("duoattention").policy  # noqa: B018
     assert main(["calibrate", "smollm2", "snapkv"]) == 2
+    assert main(["calibrate", "smollm2", "duoattention + kivi"]) == 2
     assert "snapkv needs no calibration" in capsys.readouterr().err

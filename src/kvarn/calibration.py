@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
+from shlex import quote
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
@@ -102,7 +103,7 @@ def calibrated(model: PreTrainedModel, method: AnyLearner) -> AnyLearner:
         name = model.config.name_or_path or "MODEL"
         raise CalibrationError(
             f"{method.name} has to be calibrated for this {model.config.model_type} once: run "
-            f"kvarn calibrate {name} {method.name}"
+            f"kvarn calibrate {name} {quote(str(method))}"
         )
     return method.with_learnt(load(path, model, method.name))
 

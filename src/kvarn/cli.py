@@ -336,7 +336,9 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    method = Recipe.parse(options.method).methods[0]
+    method, *others = Recipe.parse(options.method).methods
+    if others:
+        raise RecipeError(f"methods are calibrated one by one, and {options.method!r} names several")
     require_calibration(method)
     text = None if options.text is None else _read(options.text)
     device = None if options.device is None else device_of(options.device)

@@ -180,7 +180,7 @@ def test_layers_that_blocks_change_more_have_more() -> None:
     held = torch.tensor(cache.report().entries)[:, 0].sum(1)
     assert held.argsort().tolist() == [0, 2, 3, 1]
     assert cache.report().bytes <= cache.plan.allowed[0]
-    with pytest.raises(CalibrationError, match="kvarn calibrate"):
+    with pytest.raises(CalibrationError, match=r"kvarn calibrate \S+ 'epicache\(power=1.1\)'"):
         kvarn.Cache(model, "epicache(power=1.1)")
 
 
