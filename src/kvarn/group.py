@@ -323,7 +323,7 @@ class LayerGroup:
             mask = None if self._even[self._place[number]] else self._held(heads)[:, :, None]
             query, parts = fresh.query, [self._part(heads, mask)]
         else:
-            query, parts = chosen.query, self._chosen_parts(heads, chosen)
+            query, parts = chosen.query, [self._chosen_part(heads, chosen)]
         if not self.observing:
             return attend(query, parts, fresh.variant)
         out, paid = attend_observed(query, parts, fresh.variant)
@@ -637,15 +637,15 @@ class LayerGroup:
             part.log_weight = self.store.read_column(heads, "count").unflatten(0, shape).clamp(min=1).log()
         return part
 
-    def _chosen_parts(self, heads: slice, chosen: Chosen) -> list[Part]:
-        """What was chosen of a layer, and what is read beside it."""
+    def _chosen_part(self, heads: slice, chosen: Chosen) -> Part:
+        """What was chosen of a layer."""
         shape = (self.batch, self.layer.kv_heads)
         keys, values = self._read(heads, chosen.index, chosen.places)
         part = Part(*(x.unflatten(0, shape) for x in (keys, values, chosen.valid[:, None])))
         if self._counted:
             counts = self.store.read_column(heads, "count", chosen.index)
             part.log_weight = counts.unflatten(0, shape).clamp(min=1).log()
-        return [part, *chosen.others]
+        return part
 
     def _reading(self, number: int, fresh: Fresh) -> Reading:
         place, step = self._place[number], fresh.step

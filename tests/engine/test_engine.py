@@ -6,7 +6,7 @@ import torch
 import kvarn
 from kvarn import Engine, Sampling
 from kvarn.errors import BudgetError, OutOfMemory, PromptTooLong, Refused, Unsupported
-from test_cache import DUO
+from test_cache import DUO, SENTENCES
 from tiny_models import make_tiny
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -22,6 +22,9 @@ RECIPES = [
     ("cake(window=8)", 24),
     ("xquant(bits=8, group=16)", None),
     (DUO, None),
+    ("tokenselect(sinks=4, local=8, count=8, chunk=8)", None),
+    ("shadowkv(chunk=4, rank=24, count=16, local=1, outliers=1)", None),
+    (SENTENCES, None),
 ]
 
 
@@ -52,7 +55,9 @@ def test_other_architectures(architecture):
     assert [answer.tokens for answer in answers] == own
 
 
-@pytest.mark.parametrize(("recipe", "budget"), [("full", None), ("snapkv(window=8)", 0.5), ("h2o", 24)])
+@pytest.mark.parametrize(
+    ("recipe", "budget"), [("full", None), ("snapkv(window=8)", 0.5), ("h2o", 24), (SENTENCES, None)]
+)
 def test_chunks_are_those_of_generate(recipe, budget):
     model = make_tiny("llama")
     engine = Engine(model, recipe, budget, prefill_chunk=16, step_tokens=16)

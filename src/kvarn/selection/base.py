@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..attention import Part, Variant
+from ..attention import Variant
 from ..attention.rotary import Rotary
 from ..formats import ColumnType
 from ..memory import Beside, SideLayout, Store
@@ -74,13 +74,12 @@ class Reading:
 class Chosen:
     """What is read of a layer: entries ``index`` (int64 [R, m], within each head), of which those in ``valid`` (bool
     [R, m]) count, by ``query``. ``places`` (int64 [R, m]): the positions at which keys kept before their rotation are
-    rotated, where not their own. ``others``: what is read beside these entries."""
+    rotated, where not their own."""
 
     query: Tensor
     index: Tensor
     valid: Tensor
     places: Tensor | None = None
-    others: tuple[Part, ...] = ()
 
 
 class Selection:
