@@ -78,6 +78,7 @@ class TieredStore(Store):
     def __init__(self, layout: TieredLayout, arena: Arena, heads: int, layers: Sequence[int] = (0,)):
         self.layout: Layout = layout
         self.arena = arena
+        self.beside = {}  # what is kept for several entries together has no place in two stores
         self.high, self.low = (Store(tier, arena, heads, layers) for tier in (layout.high, layout.low))
         self.fresh = Store(layout.fresh, arena, heads, layers) if layout.fresh else None
 
