@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .attention import Paid, Part, Variant, attend, attend_observed
+from .attention.kernels import decode
 from .attention.rotary import Rotary
 from .memory import Arena, Layout, Segment, Store, StoreLayout, TieredLayout, TieredStore
 from .plan import Plan
@@ -319,6 +320,12 @@ class LayerGroup:
         keys, values = self._rows(heads, fresh)
         self.store.put_token(heads, keys.flatten(0, 2), values.flatten(0, 2))
         chosen = self.selector.token(self._reading(number, fresh)) if self.selector else None
+        attended = self._attended(heads, fresh) if chosen is None else None
+        if attended is not None:
+            out, paid = attended
+            if paid is not None:
+                self._observe(number, paid, fresh.step)
+            return out
         if chosen is None:
             mask = None if self._even[self._place[number]] else self._held(heads)[:, :, None]
             query, parts = fresh.query, [self._part(heads, mask)]
@@ -636,6 +643,13 @@ class LayerGroup:
         if self._counted:
             part.log_weight = self.store.read_column(heads, "count").unflatten(0, shape).clamp(min=1).log()
         return part
+
+    def _attended(self, heads: slice, fresh: Fresh) -> tuple[Tensor, Paid | None] | None:
+        """Attention of a token to all that a layer stores, and what observers need of it, by the kernels; None where
+        they do not serve."""
+        if self.rotary:
+            return None
+        return decode(fresh.query, self.store, heads, fresh.variant, self._counted, bool(self.observers))
 
     def _chosen_part(self, heads: slice, chosen: Chosen) -> Part:
         """What was chosen of a layer."""

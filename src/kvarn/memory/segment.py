@@ -68,8 +68,9 @@ class Segment:
 
     @property
     def reserved_bookkeeping_bytes(self) -> int:
-        """Bytes of starts, lengths, states and the page table, which is as wide as its longest head."""
-        return self.table.numel() * TABLE_ENTRY + self._head_bytes
+        """Bytes of starts, lengths, states, the page table, which is as wide as its longest head, and the mirror."""
+        mirrored = self._mirror.nbytes if self._mirror else 0
+        return self.table.numel() * TABLE_ENTRY + self._head_bytes + mirrored
 
     def mirror(self) -> Mirror:
         """Table, starts and lengths on the device, up to date. The first call makes them."""
