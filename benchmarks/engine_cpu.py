@@ -1,6 +1,6 @@
 """Eight sequences together in an engine against one after another with transformers' own cache, on a CPU.
 
-    python benchmarks/engine_cpu.py [--prompt 200] [--tokens 64] [--sequences 8] [--rounds 5] [--recipes "full; snapkv"]
+    python benchmarks/engine_cpu.py [--prompt 100] [--tokens 100] [--sequences 8] [--rounds 5] [--recipes "full; kivi(bits=4)"]
 
 A round answers the same prompts with the engine, and one of them with ``model.generate`` and a dynamic cache, in turns:
 what one takes is multiplied by their number. Times hold prompts and answers; the greedy tokens are compared.
@@ -75,11 +75,11 @@ def _alone(model, prompt, tokens):
 
 def _options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", type=int, default=200, help="tokens of a prompt")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
+    parser.add_argument("--prompt", type=int, default=100, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=int, default=100, help="tokens of an answer")
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--recipes", default="full; snapkv")
+    parser.add_argument("--recipes", default="full; kivi(bits=4)")
     parser.add_argument("--budget", type=float, default=0.25, help="of every recipe but full")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", default="benchmarks/results/engine-cpu.json")

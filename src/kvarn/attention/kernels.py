@@ -23,13 +23,25 @@ def decode(
     None where no kernel reads this store: on other devices, without Triton, in formats without a kernel, where entries
     are in host memory or in two precisions.
     """
-    if not _serves(query.device) or type(store) is not Store:
-        return None
-    if any(segment.pool.device.type != query.device.type for segment in store.segments):
+    if not reads(store):
         return None
     from .triton.decode import attend_stored
 
     return attend_stored(query, store, heads, variant, counts, observe)
+
+
+def reads(store: Store, queries: int | None = None) -> bool:
+    """Whether a kernel may read this store, for sure where the ``queries`` of a KV head are given."""
+    device = store.arena.device
+    if not _serves(device) or type(store) is not Store:
+        return False
+    if any(segment.pool.device.type != device.type for segment in store.segments):
+        return False
+    if queries is None:
+        return True
+    from .triton.decode import readable
+
+    return readable(store, queries)
 
 
 def _serves(device: torch.device) -> bool:

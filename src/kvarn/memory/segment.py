@@ -10,6 +10,7 @@ from ..errors import CacheMismatch
 from ..formats import Format, Rows
 from .mirror import Mirror
 from .pool import Pool
+from .transfer import sent
 
 TABLE_ENTRY = 4  # bytes of one page id in a page table
 HEAD_OVERHEAD = 16  # bytes of a head's start and length
@@ -116,6 +117,13 @@ class Segment:
         place = torch.arange(total) - torch.repeat_interleave(needed.cumsum(0) - needed, needed)
         self._set_pages(ids[row], held[row] + place, pages[:total])
 
+    def retract(self, heads: slice | Tensor) -> None:
+        """Takes back the last token of each head, which was not written."""
+        left = self.lengths[heads] - 1
+        self._free_beyond(heads, torch.where(left > 0, self._pages_of(self.starts[heads] + left), 0))
+        self.starts[heads] = torch.where(left > 0, self.starts[heads], 0)
+        self._resize(heads, left)
+
     def write(self, heads: slice | Tensor, first: Tensor, rows: Rows, counts: Tensor) -> None:
         """Writes units: ``rows`` are tensors of [R, units, *shape], ``first`` and ``counts`` int64 [R] in tokens."""
         if not int(counts.max()):
@@ -140,7 +148,7 @@ class Segment:
 
     def next_slots(self, heads: slice | Tensor) -> Tensor:
         """Flat slots of the last token of each head, int64 [R] on the device (unit 1; no meaning for empty heads)."""
-        return self._slots(heads, (self.lengths[heads] - 1).clamp(min=0), 1).flatten().to(self.pool.device)
+        return sent(self._slots(heads, (self.lengths[heads] - 1).clamp(min=0), 1).flatten(), self.pool.device)
 
     def put(self, slots: Tensor, rows: Rows, channels: slice = EVERY) -> None:
         """Writes one token a head at flat ``slots``: tensors of [R, *shape], or ``channels`` of the last dimension. The

@@ -113,6 +113,12 @@ def tuning(store: Store) -> Tuning:
     return Tuning(max(16, gcd(32, *units)), 1, 5, registers=168, resident=11 if wide else 12)
 
 
+def readable(store: Store, queries: int) -> bool:
+    """Whether ``attend_stored`` reads this store, for so many queries of a KV head."""
+    formats = [(side.settled or side.tail).format for side in (store.keys, store.values)]
+    return queries <= _MOST_QUERIES and all(tiling(fmt, tuning(store).block) for fmt in formats)
+
+
 def attend_stored(
     query: Tensor,
     store: Store,
