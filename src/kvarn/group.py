@@ -668,7 +668,7 @@ class LayerGroup:
         they do not serve."""
         if self.rotary:
             return None
-        return decode(fresh.query, self.store, heads, fresh.variant, self._counted, bool(self.observers))
+        return decode(fresh.query, self.store, heads, fresh.variant, self._counted, bool(self.observing))
 
     def _chosen_part(self, heads: slice, chosen: Chosen) -> Part:
         """What was chosen of a layer."""

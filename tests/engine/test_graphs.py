@@ -11,7 +11,8 @@ from tiny_models import make_tiny
 
 pytest.importorskip("triton")
 
-from kvarn.engine.fused import fused, gated, norm, turned
+from kvarn.attention.triton.small import gated, norm, turned
+from kvarn.engine.fused import fused
 from kvarn.engine.graphs import Graphs, widened
 
 ON_CUDA = torch.cuda.is_available()

@@ -232,7 +232,7 @@ class Side:
         if not some.numel():
             return
         if some.numel() < ripe.numel():
-            heads, ripe = self.tail._ids(heads)[some], ripe[some]
+            heads, ripe = self.tail.ids(heads)[some], ripe[some]
         self._settle(self.settled, heads, self._front(heads, int(ripe.max())), ripe)
         self.tail.pop_front(heads, ripe)
 
@@ -404,10 +404,10 @@ class Store:
         count, device = tail.lengths.numel(), tail.pool.device
         slots = before if before.numel() == count else torch.zeros(count, dtype=torch.int64, device=device)
         new = tail.next_slots(heads)
-        if isinstance(heads, slice):
+        if new.numel() == count and isinstance(heads, slice):
             return slots.copy_(new)
         slots.fill_(self.spare.get(tail.pool, 0) * tail.pool.page_size)
-        return slots.index_copy_(0, sent(heads, device), new)
+        return slots.index_copy_(0, sent(tail.ids(heads), device), new)
 
     def put_token(
         self, heads: slice, keys: Tensor, values: Tensor, channels: tuple[slice, slice] = (EVERY, EVERY)
