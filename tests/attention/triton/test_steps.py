@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from methods.one_layer import OneLayer, random_tokens, split
 
 from kvarn.attention import kernels
+from methods.one_layer import VARIANT, OneLayer, random_tokens, split
 
 RECIPES = [
     ("full", 10**9),
@@ -41,6 +41,12 @@ def test_steps_by_kernels_are_those_of_the_reference(recipe, capacity, device, m
         assert layers["kernels"].positions() == layers["reference"].positions()
 
 
-@pytest.mark.parametrize("recipe", ["mikv", "xquant", "kvquant"])
-def test_groups_that_no_kernel_reads(recipe, device):
-    pass
+@pytest.mark.parametrize("recipe", ["mikv", "think(ratio=0.5)"])
+def test_what_no_kernel_reads_goes_the_reference_path(recipe, device):
+    tokens = random_tokens(41)
+    layer = OneLayer(recipe, 10**9, device.type)
+    layer.prompt(*(t.to(device) for t in split(tokens, 0, 40)))
+    heads = layer.group.heads(0)
+    query = tokens[0][:, :, 40:].to(device)
+    assert kernels.decode(query, layer.group.store, heads, VARIANT) is None
+    assert bool(layer.token(*(t.to(device) for t in split(tokens, 40, 41))).isfinite().all())
