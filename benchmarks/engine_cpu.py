@@ -1,6 +1,6 @@
 """Eight sequences together in an engine against one after another with transformers' own cache, on a CPU.
 
-    python benchmarks/engine_cpu.py [--prompt 200] [--tokens 64] [--sequences 8] [--rounds 5] [--recipes "full; snapkv"]
+    python benchmarks/engine_cpu.py [--prompt 100] [--tokens 100] [--sequences 8] [--rounds 5] [--recipes "full; …"]
 
 A round answers the same prompts with the engine, and one of them with ``model.generate`` and a dynamic cache, in turns:
 what one takes is multiplied by their number. Times hold prompts and answers; the greedy tokens are compared.
@@ -34,7 +34,7 @@ def main() -> None:
         "command": "python benchmarks/engine_cpu.py " + " ".join(sys.argv[1:]),
         "machine": hardware(torch.device("cpu")),
         "versions": versions(),
-        **{name: getattr(options, name) for name in ("prompt", "tokens", "sequences", "rounds", "dtype", "budget")},
+        **{name: getattr(options, name) for name in ("prompt", "tokens", "sequences", "rounds", "dtype")},
         "rows": rows,
     }
     Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
@@ -42,8 +42,7 @@ def main() -> None:
 
 
 def _row(model, prompts, recipe, options):
-    budget = None if recipe == "full" else options.budget
-    engine = kvarn.Engine(model, recipe, budget)
+    engine = kvarn.Engine(model, recipe)
     sampling = kvarn.Sampling(max_tokens=options.tokens, ignore_end=True)
     together, alone, same = [], [], 0
     for i in range(options.rounds):
@@ -75,12 +74,11 @@ def _alone(model, prompt, tokens):
 
 def _options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", type=int, default=200, help="tokens of a prompt")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
+    parser.add_argument("--prompt", type=int, default=100, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=int, default=100, help="tokens of an answer")
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--recipes", default="full; snapkv")
-    parser.add_argument("--budget", type=float, default=0.25, help="of every recipe but full")
+    parser.add_argument("--recipes", default="full; kivi(bits=4)")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", default="benchmarks/results/engine-cpu.json")
     return parser.parse_args()

@@ -4,6 +4,11 @@ import os
 
 import pytest
 import torch
+
+# Where there is no GPU, Triton interprets its kernels; it has to be told before it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from hypothesis import settings
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

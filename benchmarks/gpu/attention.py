@@ -3,9 +3,9 @@
     python benchmarks/gpu/attention.py [--out FILE] [--cases dense,float8,…] [--lengths 32768,4096,spread]
 
 16 sequences, 8 KV heads with 4 queries each, head size 128, bf16, entries in scattered pages. Each time is that of the
-splits and their merge together, replayed in a CUDA graph over enough layers that no cache holds them; the share is of the
-bytes that these entries take (codes, scales, minima), over the time that a copy of as many bytes would take (read and
-written bytes both counted). ``spread``: log-normal lengths (sigma 1) with 32,768 entries a head on average.
+splits and their merge together, replayed in a CUDA graph over enough layers that no cache holds them. The share is the
+bytes that these entries take (codes, scales, minima) in that time, of the bytes that a copy moves (reads and writes
+both counted). ``spread``: log-normal lengths (sigma 1) with 32,768 entries a head on average.
 """
 
 import argparse

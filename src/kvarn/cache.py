@@ -19,7 +19,7 @@ from .errors import CacheMismatch, PromptTooLong, RecipeError, Unsupported
 from .group import Fresh, LayerGroup, Step
 from .input_group import InputGroup
 from .joint_group import JointGroup, hand_over_inputs
-from .memory import Arena, BoundedLayout, Parked, TieredLayout, by_pool
+from .memory import Arena, BoundedLayout, Parked, TieredLayout, by_pool, sent
 from .methods import Method
 from .plan import Plan, Planner
 from .prefill import Carried, Reader, read_in_blocks
@@ -264,6 +264,27 @@ class Cache(TransformersCache, Reader):
         self._begin_token(step)
         self._opened = step
 
+    @property
+    def opened(self) -> Step | None:
+        """The step that ``open`` has made room for and that the model has not computed yet."""
+        return self._opened
+
+    def retract(self) -> None:
+        """Takes back what ``open`` did, as long as the model has not begun; sequences may join again."""
+        if self._step:
+            raise CacheMismatch("the model has begun the step: it cannot be taken back")
+        if self._opened:
+            for group in self._groups:
+                group.retract_token()
+            self._opened = None
+
+    def passed(self) -> None:
+        """Says that the step that ``open`` began was computed without this cache being called, by a captured graph."""
+        if not self._opened or self._step:
+            raise CacheMismatch("only a step that was opened and not begun can have been computed elsewhere")
+        self._step, self._decoding, self._tokens = self._opened, True, 1
+        self._end()
+
     def settle(self) -> None:
         """Encodes what is ripe and evicts what is over the capacity after a step that ``open`` began.
 
@@ -347,10 +368,21 @@ class Cache(TransformersCache, Reader):
         self._passed = torch.cat([self._passed, other._passed])
         other._forget()
 
+    def reserve(self, sequences: int) -> None:
+        """Makes room in the tables for so many sequences, so that joining moves nothing; a cache that holds something,
+        between two passes."""
+        for group in self._groups:
+            group.reserve(sequences)
+
+    @property
+    def groups(self) -> list[LayerGroup]:
+        """The layers, those that are alike together."""
+        return self._groups
+
     def leave(self, sequence: int) -> "Cache":
         """Takes ``sequence`` out of the batch, by reference, and returns it as a cache of its own; the last sequence
         takes its place. Raises CacheMismatch."""
-        if not 0 <= sequence < self._seen.numel() or self._step or self._opened or self._parked:
+        if not 0 <= sequence < self._seen.numel() or self._step or self._parked:
             raise CacheMismatch(
                 f"sequence {sequence} of {self._seen.numel()} cannot leave: name one of the batch, between two passes"
             )
@@ -363,6 +395,10 @@ class Cache(TransformersCache, Reader):
             cache._seen, cache._passed = cache._seen[chosen], cache._passed[chosen]
             cache.plan = cache.plan and cache.plan.selected(chosen)
             cache._closing = cache._closing and cache._closing.selected(chosen)
+            if cache._opened:
+                cache._opened = cache._opened.selected(chosen)
+                for group in cache._groups:
+                    group.replace_token(cache._opened)
         return alone
 
     def free(self) -> None:
@@ -591,7 +627,7 @@ def _step(
     """A pass of ``tokens`` new ones and those ``following``; ``valid`` (bool [B, all of them]): which are real."""
     if valid is None:
         after = before + tokens
-        positions = before.to(device)[:, None] + torch.arange(tokens, device=device)
+        positions = sent(before, device)[:, None] + torch.arange(tokens, device=device)
     else:
         valid = valid.to(device)
         after = before + valid[:, :tokens].sum(1).cpu()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .attention import Paid, Part, Variant, attend, attend_observed
+from .attention.kernels import decode, reads
 from .attention.rotary import Rotary
-from .memory import Arena, Layout, Segment, Store, StoreLayout, TieredLayout, TieredStore
+from .memory import Arena, Layout, Segment, Store, StoreLayout, TieredLayout, TieredStore, sent
 from .plan import Plan
 from .prefill import Propagation
 from .reduction import Entries, Eviction, Merging
@@ -304,12 +305,24 @@ class LayerGroup:
         """Before the first layer: makes room for one token in every head."""
         columns, heads = {}, self.everyone
         if self.eviction is not None or self.observers or self.rotary:
-            positions = self._per_head(step.before)[heads].to(self.arena.device)
+            positions = sent(self._per_head(step.before)[heads], self.arena.device)
             columns["position"] = positions.int()
             columns |= self._unread(positions)
             columns |= {name: column[:, 0] for name, column in self._noted(heads, step).items()}
-            self._decoded = (step.after - self.prompted).to(self.arena.device)
         self.store.open_token(columns, heads)
+        self._note_token(step)
+
+    def retract_token(self) -> None:
+        """Takes back what ``begin_token`` did."""
+        self.store.retract_token(self.everyone)
+
+    def replace_token(self, step: Step) -> None:
+        """After sequences have left since ``begin_token``: where the others' entries lie now."""
+        self.store.place_token(self.everyone)
+        self._note_token(step)
+
+    def _note_token(self, step: Step) -> None:
+        self._decoded = sent(step.after - self.prompted, self.arena.device)
         lengths = self.store.lengths.view(self.layers, self.slots, -1)[:, : self.batch].flatten(1)
         self._even = (lengths == lengths[:, :1]).all(1).tolist()
 
@@ -319,6 +332,12 @@ class LayerGroup:
         keys, values = self._rows(heads, fresh)
         self.store.put_token(heads, keys.flatten(0, 2), values.flatten(0, 2))
         chosen = self.selector.token(self._reading(number, fresh)) if self.selector else None
+        attended = self._attended(heads, fresh) if chosen is None else None
+        if attended is not None:
+            out, paid = attended
+            if paid is not None:
+                self._observe(number, paid, fresh.step)
+            return out
         if chosen is None:
             mask = None if self._even[self._place[number]] else self._held(heads)[:, :, None]
             query, parts = fresh.query, [self._part(heads, mask)]
@@ -636,6 +655,20 @@ class LayerGroup:
         if self._counted:
             part.log_weight = self.store.read_column(heads, "count").unflatten(0, shape).clamp(min=1).log()
         return part
+
+    @property
+    def captures(self) -> bool:
+        """Whether a decoding step is the same kernels over the same buffers, whatever the heads hold."""
+        known = type(self)._attended is LayerGroup._attended and type(self).token is LayerGroup.token
+        plain = not self.observers and self.selector is None and self.rotary is None
+        return known and plain and reads(self.store, self.layer.query_heads // self.layer.kv_heads)
+
+    def _attended(self, heads: slice, fresh: Fresh) -> tuple[Tensor, Paid | None] | None:
+        """Attention of a token to all that a layer stores, and what observers need of it, by the kernels; None where
+        they do not serve."""
+        if self.rotary:
+            return None
+        return decode(fresh.query, self.store, heads, fresh.variant, self._counted, bool(self.observing))
 
     def _chosen_part(self, heads: slice, chosen: Chosen) -> Part:
         """What was chosen of a layer."""

@@ -140,3 +140,15 @@ def test_the_peak_remembers_the_most() -> None:
     assert pool.arena.peak_bytes == 6 * pool.page_bytes
     pool.arena.note_peak(transient=5 * pool.page_bytes)
     assert pool.arena.peak_bytes == 7 * pool.page_bytes
+
+
+def test_an_arena_is_filled_in_proportion():
+    arena = Arena(torch.device("cpu"), 4, ceiling=10_000)
+    small, large = arena.pool(Dense(4, torch.float32)), arena.pool(Dense(16, torch.float32))
+    small.allocate(6), large.allocate(3)
+    arena.fill()
+    assert 9_000 < arena.reserved_bytes <= 10_000
+    assert small.capacity / large.capacity == pytest.approx(2, rel=0.1)
+    before = [pool.tensors["x"].data_ptr() for pool in (small, large)]
+    small.allocate(20), large.allocate(10)
+    assert [pool.tensors["x"].data_ptr() for pool in (small, large)] == before, "nothing moved"

@@ -211,6 +211,14 @@ class Driven(RuleBasedStateMachine):
     # -- what must hold -----------------------------------------------------------------------------------------
 
     @invariant()
+    def mirrors_follow(self) -> None:
+        for segment in (segment for store in self.stores for segment in store.segments):
+            mirror = segment.mirror()
+            assert mirror.spans.T.tolist() == [segment.starts.tolist(), segment.lengths.tolist()]
+            held = torch.arange(segment.table.shape[1]) < segment._held(slice(None))[:, None]
+            assert torch.equal(mirror.table[:, : held.shape[1]][held], segment.table[held])
+
+    @invariant()
     def pages_have_owners(self) -> None:
         check_pages(self.arena, self.stores)
 

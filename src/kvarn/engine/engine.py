@@ -166,22 +166,31 @@ class Engine:
         return [*unseen, *self._decode(), *self._read()]
 
     def _decode(self) -> list[Event]:
-        events = self._with_room(self._batch.open)
-        rows = list(self._scheduler.running)
+        scheduler, batch = self._scheduler, self._batch
+        events = [] if batch.opened else self._with_room(batch.open)
+        rows = list(scheduler.running)
         if not rows:
             return events
-        logits = self._runner.decode(self._batch, [request.tokens[request.fed] for request in rows])
         new = [row for row, request in enumerate(rows) if not request.replays]
+        chosen_for = [rows[row] for row in new]
+        sampler = self._sampler_for(chosen_for)
+        logits = self._runner.decode(batch, [request.tokens[request.fed] for request in rows])
         for request in rows:
             request.fed += 1
-        sampled = self._sampled([rows[row] for row in new], logits if len(new) == len(rows) else logits[new])
-        # The host settles while the device computes; what was chosen is read only then.
+        sampled = sampler(logits if len(new) == len(rows) else logits[new]) if sampler else None
+        # The host settles this step and prepares the next while the device computes; what was chosen is read only then.
+        room = True
         try:
-            self._batch.settle()
-        except OutOfMemory:  # those that have ended give their pages back first
-            events += self._taken([rows[row] for row in new], sampled)
-            return events + self._with_room(self._batch.settle)
-        return events + self._taken([rows[row] for row in new], sampled)
+            batch.settle()
+            if not scheduler.waiting and not scheduler.reading:
+                batch.open()
+                if sampled is not None and len(new) == len(rows):
+                    self._runner.prepare(sampled[0])
+        except OutOfMemory:
+            room = False
+        events += self._taken(chosen_for, sampled)
+        # Those that have ended have given their pages back.
+        return events if room else events + self._with_room(batch.settle)
 
     def _read(self) -> list[Event]:
         """Reads prompts, and takes those that are read into the running batch."""
@@ -228,7 +237,9 @@ class Engine:
 
     def _join(self, request: Request) -> None:
         assert request.cache is not None
+        self._batch.retract()
         self._batch.join(request.cache)
+        self._runner.capture(self._batch, self._scheduler.max_batch)
         request.cache = None
         self._scheduler.start(request)
 
@@ -237,12 +248,11 @@ class Engine:
     def _sampler_of(self, requests: list[Request]) -> Sampler:
         return Sampler(requests, self._vocabulary, self.model.device)
 
-    def _sampled(self, requests: list[Request], logits: Tensor) -> Sampled | None:
-        if not requests:
-            return None
+    def _sampler_for(self, requests: list[Request]) -> Sampler | None:
+        """The sampler of the step before, where it was for the same requests."""
         if self._sampler is None or self._sampler[0] != requests:
             self._sampler = requests, self._sampler_of(requests)
-        return self._sampler[1](logits)
+        return self._sampler[1] if requests else None
 
     def _taken(self, requests: list[Request], sampled: Sampled | None) -> list[Event]:
         """Gives each request the token that was chosen for it."""
@@ -286,6 +296,7 @@ class Engine:
             scheduler.reading = None
         else:
             row = scheduler.running.index(request)
+            self._batch.retract()
             request.cache = self._batch.leave(row)
             scheduler.stop(row)
         if request.cache is not None and not request.reading and self.preemption == "host":

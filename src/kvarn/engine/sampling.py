@@ -115,6 +115,8 @@ class Sampler:
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Logits [B, V] -> tokens (int64 [B], on the device), and what ``logprobs_of`` takes, where asked for."""
+        if not self._drawn and not self._penalties and self._logprobs is None:
+            return logits.argmax(-1), None
         logits = logits.float()
         scores = self._penalized(logits) if self._penalties else logits
         tokens = scores.argmax(-1)

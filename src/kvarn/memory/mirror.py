@@ -10,8 +10,9 @@ _WIDTH = 16  # the table's width is a multiple of this: kernels are compiled for
 class Mirror:
     """A copy of a segment's bookkeeping on its device, brought up to date by ``update`` and never waiting for it.
 
-    ``table`` is int32 [heads, width], ``spans`` int32 [heads, 2]: start and length in tokens. They are written in place,
-    so that what was captured with their addresses keeps working, until the table has to widen: ``moves`` counts that.
+    ``table`` is int32 [heads, width], ``spans`` int32 [heads, 2]: start and length in tokens. They are written in
+    place, so that what was captured with their addresses keeps working, until the table has to widen: ``moves`` counts
+    that.
     """
 
     def __init__(self, device: torch.device, heads: int):
@@ -20,6 +21,10 @@ class Mirror:
         self.moves = 0
         self._changed: list[tuple[Tensor, Tensor]] = []  # (heads, columns) of the table that are out of date
         self._resized = True
+
+    @property
+    def nbytes(self) -> int:
+        return self.table.nbytes + self.spans.nbytes
 
     def note_pages(self, heads: Tensor, columns: Tensor) -> None:
         """The pages at (heads, columns), int64 [n] each, have changed."""

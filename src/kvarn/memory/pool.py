@@ -247,6 +247,16 @@ class Arena:
                 f"{self.ceiling:,} bytes are left; raise the ceiling, lower the budget or free sequences"
             )
 
+    def fill(self) -> None:
+        """Takes all that the ceiling allows, in the proportions in which pools are used now, so that nothing moves
+        later unless these change."""
+        used = self.bytes
+        if self.ceiling is None or not used:
+            return
+        left = self.ceiling - used
+        for pool in self._of("device"):
+            pool.reserve(int(left * (pool.bytes / used)) // pool.page_bytes)
+
     def affordable(self, pool: Pool) -> int:
         """The largest capacity that the ceiling allows ``pool``."""
         if self.ceiling is None or pool.tier == "host":

@@ -10,6 +10,7 @@ from ..errors import CacheMismatch
 from ..formats import Format, Rows
 from .mirror import Mirror
 from .pool import Pool
+from .transfer import sent
 
 TABLE_ENTRY = 4  # bytes of one page id in a page table
 HEAD_OVERHEAD = 16  # bytes of a head's start and length
@@ -68,8 +69,9 @@ class Segment:
 
     @property
     def reserved_bookkeeping_bytes(self) -> int:
-        """Bytes of starts, lengths, states and the page table, which is as wide as its longest head."""
-        return self.table.numel() * TABLE_ENTRY + self._head_bytes
+        """Bytes of starts, lengths, states, the page table, which is as wide as its longest head, and the mirror."""
+        mirrored = self._mirror.nbytes if self._mirror else 0
+        return self.table.numel() * TABLE_ENTRY + self._head_bytes + mirrored
 
     def mirror(self) -> Mirror:
         """Table, starts and lengths on the device, up to date. The first call makes them."""
@@ -100,7 +102,7 @@ class Segment:
     def extend(self, heads: slice | Tensor, counts: Tensor) -> None:
         """Lengthens each head by ``counts`` tokens (int64 [R], multiples of the unit), to be written by ``write``."""
         owners, columns = self._shared_open(heads, counts)
-        ids = self._ids(heads)
+        ids = self.ids(heads)
         ends = self.starts[heads] + self.lengths[heads]
         held = self._held(heads)
         needed = self._pages_of(ends + counts) - held
@@ -114,6 +116,13 @@ class Segment:
         row = torch.repeat_interleave(torch.arange(ids.numel()), needed)
         place = torch.arange(total) - torch.repeat_interleave(needed.cumsum(0) - needed, needed)
         self._set_pages(ids[row], held[row] + place, pages[:total])
+
+    def retract(self, heads: slice | Tensor) -> None:
+        """Takes back the last token of each head, which was not written."""
+        left = self.lengths[heads] - 1
+        self._free_beyond(heads, torch.where(left > 0, self._pages_of(self.starts[heads] + left), 0))
+        self.starts[heads] = torch.where(left > 0, self.starts[heads], 0)
+        self._resize(heads, left)
 
     def write(self, heads: slice | Tensor, first: Tensor, rows: Rows, counts: Tensor) -> None:
         """Writes units: ``rows`` are tensors of [R, units, *shape], ``first`` and ``counts`` int64 [R] in tokens."""
@@ -139,7 +148,7 @@ class Segment:
 
     def next_slots(self, heads: slice | Tensor) -> Tensor:
         """Flat slots of the last token of each head, int64 [R] on the device (unit 1; no meaning for empty heads)."""
-        return self._slots(heads, (self.lengths[heads] - 1).clamp(min=0), 1).flatten().to(self.pool.device)
+        return sent(self._slots(heads, (self.lengths[heads] - 1).clamp(min=0), 1).flatten(), self.pool.device)
 
     def put(self, slots: Tensor, rows: Rows, channels: slice = EVERY) -> None:
         """Writes one token a head at flat ``slots``: tensors of [R, *shape], or ``channels`` of the last dimension. The
@@ -263,7 +272,7 @@ class Segment:
         old = {name: state[heads] for name, state in self.state.items()}
         new = self.format.grown(old, x, held)
         changed = torch.stack([(new[name] != old[name]).flatten(1).any(1) for name in new]).any(0).cpu()
-        again = self._ids(heads)[changed & (self.lengths[heads] > 0)]
+        again = self.ids(heads)[changed & (self.lengths[heads] > 0)]
         vectors = self.decode(again) if again.numel() else x
         for name, state in new.items():
             self.state[name][heads] = state
@@ -337,7 +346,7 @@ class Segment:
 
     def pop_front(self, heads: slice | Tensor, counts: Tensor) -> None:
         """Removes the oldest ``counts`` tokens of each head (int64 [R]); pages are freed as they empty."""
-        ids = self._ids(heads)
+        ids = self.ids(heads)
         starts = self.starts[ids] + counts
         lengths = self.lengths[ids] - counts
         held = self._held(ids)
@@ -384,7 +393,7 @@ class Segment:
             raise CacheMismatch("segments share pages only within one pool: use the same arena and format")
         if int(self.lengths[heads].sum()):
             raise CacheMismatch("sharing needs empty heads: free them first")
-        ids, others = self._ids(heads), source._ids(source_heads)
+        ids, others = self.ids(heads), source.ids(source_heads)
         width = source.table.shape[1]
         self._widen(width)
         self.starts[ids] = source.starts[others]
@@ -401,7 +410,7 @@ class Segment:
         segment. Tables move; pages and their reference counts stay as they are."""
         if source.pool is not self.pool:
             raise CacheMismatch("segments hand over pages only within one pool: use the same arena and format")
-        ids, others = self._ids(heads), source._ids(source_heads)
+        ids, others = self.ids(heads), source.ids(source_heads)
         if not ids.numel():
             return
         held = source._held(others)
@@ -449,7 +458,7 @@ class Segment:
         """Places in units of ``unit`` tokens, the last one of a head in place of those beyond it."""
         return index.minimum((self.lengths[heads] // unit - 1).clamp(min=0).to(index.device)[:, None])
 
-    def _ids(self, heads: slice | Tensor) -> Tensor:
+    def ids(self, heads: slice | Tensor) -> Tensor:
         return torch.arange(self.lengths.numel())[heads] if isinstance(heads, slice) else heads
 
     @property
@@ -520,7 +529,7 @@ class Segment:
         nothing = torch.zeros(0, dtype=torch.int64)
         if not self.pool.shared:
             return nothing, nothing
-        ids = self._ids(heads)
+        ids = self.ids(heads)
         ends = self.starts[ids] + self.lengths[ids]
         ids = ids[(ends % self.pool.page_size > 0) & (counts > 0)]
         column = (self.starts[ids] + self.lengths[ids]) // self.pool.page_size
@@ -542,7 +551,7 @@ class Segment:
 
     def _own_pages(self, heads: slice | Tensor, pages: Tensor) -> None:
         """Copies the shared ones among ``pages`` (bool [R, table width])."""
-        ids = self._ids(heads)
+        ids = self.ids(heads)
         row, column = torch.nonzero(pages & (self.pool.references[self.table[ids].long()] > 1), as_tuple=True)
         self._replace_shared(ids[row], column, self.pool.allocate(row.numel()))
 

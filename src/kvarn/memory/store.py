@@ -12,6 +12,7 @@ from torch import Tensor
 from ..formats import Columns, Dense, Format
 from .pool import PAGE_OVERHEAD, Arena, Pool, Tier
 from .segment import EVERY, HEAD_OVERHEAD, TABLE_ENTRY, Parked, Segment, joined, pick
+from .transfer import sent
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ class Side:
         if not some.numel():
             return
         if some.numel() < ripe.numel():
-            heads, ripe = self.tail._ids(heads)[some], ripe[some]
+            heads, ripe = self.tail.ids(heads)[some], ripe[some]
         self._settle(self.settled, heads, self._front(heads, int(ripe.max())), ripe)
         self.tail.pop_front(heads, ripe)
 
@@ -309,6 +310,7 @@ class Store:
         self.values = Side(layout.values, arena, heads, layers)
         self.columns = Segment(arena.pool(layout.columns), heads) if layout.columns else None
         self.beside = {name: Segment(arena.pool(beside.format), heads) for name, beside in layout.beside.items()}
+        self.spare: dict[Pool, int] = {}  # pages where a captured pass may write what belongs to no sequence
         self._key_slots = self._value_slots = torch.zeros(0, dtype=torch.int64)
 
     @property
@@ -382,9 +384,30 @@ class Store:
         for segment in targets:
             segment.extend(heads, one)
             segment.settle_span()
-        self._key_slots, self._value_slots = (s.next_slots(everyone) for s in (self.keys.tail, self.values.tail))
+        self.place_token(heads)
         if self.columns:
             self.columns.put(self.columns.next_slots(heads), dict(columns))
+
+    def retract_token(self, heads: slice | Tensor) -> None:
+        """Takes back what ``open_token`` did, before ``put_token``."""
+        for segment in self._open_segments():
+            segment.retract(heads)
+        self.note_spans()
+
+    def place_token(self, heads: slice | Tensor) -> None:
+        """Notes where the entries lie that ``open_token`` made room for in ``heads``, after heads have moved."""
+        self._key_slots = self._placed(self._key_slots, self.keys.tail, heads)
+        self._value_slots = self._placed(self._value_slots, self.values.tail, heads)
+
+    def _placed(self, before: Tensor, tail: Segment, heads: slice | Tensor) -> Tensor:
+        """The slot of the last token of each head, in the tensor that held them ``before``: captured graphs read it."""
+        count, device = tail.lengths.numel(), tail.pool.device
+        slots = before if before.numel() == count else torch.zeros(count, dtype=torch.int64, device=device)
+        new = tail.next_slots(heads)
+        if new.numel() == count and isinstance(heads, slice):
+            return slots.copy_(new)
+        slots.fill_(self.spare.get(tail.pool, 0) * tail.pool.page_size)
+        return slots.index_copy_(0, sent(tail.ids(heads), device), new)
 
     def put_token(
         self, heads: slice, keys: Tensor, values: Tensor, channels: tuple[slice, slice] = (EVERY, EVERY)

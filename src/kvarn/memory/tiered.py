@@ -142,6 +142,12 @@ class TieredStore(Store):
     def open_token(self, columns: Mapping[str, Tensor], heads: slice | Tensor | None = None) -> None:
         self.upper[-1].open_token(columns, heads)
 
+    def retract_token(self, heads: slice | Tensor) -> None:
+        self.upper[-1].retract_token(heads)
+
+    def place_token(self, heads: slice | Tensor) -> None:
+        self.upper[-1].place_token(heads)
+
     def put_token(
         self, heads: slice, keys: Tensor, values: Tensor, channels: tuple[slice, slice] = (EVERY, EVERY)
     ) -> None:

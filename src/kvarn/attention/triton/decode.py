@@ -18,9 +18,9 @@ from .split import attend_split, merge_splits
 from .tiles import CHANNEL, DENSE, FLOAT8, TOKEN
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_OVERLAP = True
 _MOST_QUERIES = 16  # rows of a tensor-core tile
-_ITEMS = 8  # splits for each processor of the device, where there is enough to do
-_CHUNKS = (256, 2048)  # entries of a split
+_LEAST_CHUNK = 128  # entries of a split
 
 
 @dataclass(frozen=True)
@@ -77,24 +77,46 @@ def tiling(fmt: Format, block: int) -> Tiling | None:
         fine = run < 16
         return Tiling(TOKEN.value, fmt.bits, fmt.group, fmt.size, parts, whole if fine else run, fine)
     if type(fmt) is Float8:
-        return Tiling(FLOAT8.value, 8, fmt.size, fmt.size, 1, fmt.size, False)
+        # Wider tiles than 64 channels are written to shared memory with conflicts.
+        return Tiling(FLOAT8.value, 8, fmt.size, fmt.size, 1, gcd(fmt.size, 64) if fmt.size > 64 else fmt.size, False)
     return None
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a kernel is run: entries a block, warps, stages of loads under way, and the most registers of a thread."""
+    """How a kernel is run: entries a block, warps, stages of loads under way, the most registers of a thread, and how
+    many splits a processor runs side by side, where they should all do (None: in turns, ``entries`` each)."""
 
     block: int
     warps: int
     stages: int
     registers: int | None = None
+    resident: int | None = None
+    entries: int = 1024
+
+    def chunk(self, total: int, rows: int, device: torch.device) -> int:
+        """Entries of a split, of so many in all."""
+        if self.resident is None:
+            return self.entries
+        # Every row may have one split that is not full.
+        room = max(self.resident * _processors(device) - rows, rows)
+        return max(-(-total // (room * self.block)) * self.block, _LEAST_CHUNK)
 
 
 def tuning(store: Store) -> Tuning:
-    if store.keys.settled is None and store.values.settled is None:
+    """What was fastest on an H200 (``benchmarks/gpu/attention.py``)."""
+    settled = [side.settled.format for side in (store.keys, store.values) if side.settled]
+    if not settled:
         return Tuning(64, 2, 4)
-    return Tuning(32, 1, 4)
+    units = [fmt.unit for fmt in settled if fmt.unit > 1]
+    wide = any(isinstance(fmt, Float8) or (isinstance(fmt, Int) and fmt.bits == 8) for fmt in settled)
+    return Tuning(max(16, gcd(32, *units)), 1, 5, registers=168, resident=11 if wide else 12)
+
+
+def readable(store: Store, queries: int) -> bool:
+    """Whether ``attend_stored`` reads this store, for so many queries of a KV head."""
+    formats = [(side.settled or side.tail).format for side in (store.keys, store.values)]
+    return queries <= _MOST_QUERIES and all(tiling(fmt, tuning(store).block) for fmt in formats)
 
 
 def attend_stored(
@@ -114,19 +136,20 @@ def attend_stored(
     """
     tuned = tuned or tuning(store)
     tilings = [tiling((side.settled or side.tail).format, tuned.block) for side in (store.keys, store.values)]
+    key_tiling, value_tiling = tilings
     rows = heads.stop - heads.start
     queries = query.shape[0] * query.shape[1] // rows
-    if None in tilings or queries > _MOST_QUERIES:
+    if key_tiling is None or value_tiling is None or queries > _MOST_QUERIES:
         return None
-    key_tiling, value_tiling = tilings
-    assert key_tiling is not None
-    assert value_tiling is not None
-    longest = sum(segment.mirror().table.shape[1] * segment.pool.page_size for segment in store.keys.segments)
-    chunk = chunk or _chunk(rows * longest, query.device)
-    splits = -(-longest // chunk)
+    if FLOAT8.value in (key_tiling.kind, value_tiling.kind) and not _has_float8(query.device):
+        return None
+    total = int(store.lengths[heads].sum())
+    chunk = chunk or tuned.chunk(total, rows, query.device)
+    splits = total // chunk + rows  # or fewer
     exact = query.dtype == torch.float32
-    partial = query.new_empty((rows, splits, queries, value_tiling.size), dtype=torch.float32)
-    extent = query.new_empty((rows, splits, queries, 2), dtype=torch.float32)
+    overlap = _OVERLAP and _overlaps(query.device)
+    partial = query.new_empty((splits, queries, value_tiling.size), dtype=torch.float32)
+    extent = query.new_empty((splits, queries, 2), dtype=torch.float32)
     entries = int(store.lengths[heads].max()) if observe else 0
     logits = query.new_full((rows, queries, entries), -torch.inf, dtype=torch.float32) if observe else extent
     sums = query.new_empty((rows * queries,), dtype=torch.float32) if observe else extent
@@ -135,7 +158,7 @@ def attend_stored(
     values, value_tail = _segments(store.values)
     assert store.columns is not None or not counts
     columns = _arguments(store.columns, "count") if counts and store.columns else key_tail
-    attend_split[(splits, rows)](
+    attend_split[(splits,)](
         query.contiguous(),
         keys,
         key_tail,
@@ -146,10 +169,12 @@ def attend_stored(
         extent,
         logits,
         heads.start,
+        rows,
         chunk,
         entries,
         variant.scaling,
         variant.softcap or 1.0,
+        ROWS=next_power_of_2(rows),
         QUERIES=queries,
         HEIGHT=8 if queries <= 8 else 16,
         BLOCK=tuned.block,
@@ -161,8 +186,10 @@ def attend_stored(
         CAPPED=variant.softcap is not None,
         COUNTED=counts,
         OBSERVED=observe,
+        OVERLAP=overlap,
         num_warps=tuned.warps,
         maxnreg=tuned.registers,
+        launch_pdl=overlap,
     )
     merge_splits[(rows * queries,)](
         partial,
@@ -173,9 +200,10 @@ def attend_stored(
         out,
         sums,
         heads.start,
+        rows,
         chunk,
-        splits,
         query.shape[1],
+        ROWS=next_power_of_2(rows),
         QUERIES=queries,
         SETTLED=store.keys.settled is not None,
         V_SIZE=value_tiling.size,
@@ -183,7 +211,9 @@ def attend_stored(
         BLOCK=16,
         SINKS=variant.sinks is not None,
         OBSERVED=observe,
+        OVERLAP=overlap,
         num_warps=4,
+        launch_pdl=overlap,
     )
     if not observe:
         return out, None
@@ -197,10 +227,13 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _chunk(entries: int, device: torch.device) -> int:
-    """Entries of a split, where there are at most so many in all."""
-    least, most = _CHUNKS
-    return min(max(next_power_of_2(entries // (_ITEMS * _processors(device)) + 1), least), most)
+def _overlaps(device: torch.device) -> bool:
+    """Whether kernels can be launched before those are done that they wait for."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _has_float8(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _segments(side: Side) -> tuple[tuple, tuple]:

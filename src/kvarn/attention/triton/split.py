@@ -1,17 +1,21 @@
 """Decode attention over a paged store: heads cut into splits of entries, and the merge of what the splits give.
 
-A *row* is a KV head of a layer with its queries. Logits are in base 2 throughout: natural ones times log2(e).
+A *row* is a KV head of a layer with its queries. Splits of all rows are numbered through, so that rows of very
+different lengths take as many programs as they have entries for. Logits are in base 2 throughout: natural ones times
+log2(e).
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .tiles import first_channel, numbers, slots
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LIFT = tl.constexpr(256.0)
 
 
-@triton.jit(do_not_specialize=["first", "chunk", "longest"])
+@triton.jit(do_not_specialize=["first", "rows", "chunk", "longest"])
 def attend_split(
     query,  # [rows * QUERIES, K_SIZE]
     keys,
@@ -19,14 +23,16 @@ def attend_split(
     values,
     value_tail,
     counts,
-    partial,  # fp32 [rows, splits, QUERIES, V_SIZE]
-    extent,  # fp32 [rows, splits, QUERIES, 2]: the largest logit, the sum of weights
+    partial,  # fp32 [splits, QUERIES, V_SIZE]
+    extent,  # fp32 [splits, QUERIES, 2]: the largest logit, the sum of weights
     logits,  # fp32 [rows, QUERIES, longest], where OBSERVED
     first,
+    rows,
     chunk,
     longest,
     scaling,
     softcap,
+    ROWS: tl.constexpr,
     QUERIES: tl.constexpr,
     HEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -58,10 +64,18 @@ def attend_split(
     CAPPED: tl.constexpr,
     COUNTED: tl.constexpr,
     OBSERVED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """One split of one row: entries ``split * chunk`` on, ``chunk`` of them."""
+    """A split of a row: ``chunk`` of its entries."""
+    if OVERLAP:
+        # Kernels are launched while those before them run: the merge after this one, and this one after others.
+        gdc_wait()
+        gdc_launch_dependents()
     split = tl.program_id(0)
-    row = tl.program_id(1)
+    ends = tl.cumsum(_splits(keys, key_tail, first, rows, chunk, K_KIND != 0, ROWS), 0)
+    row = tl.sum((ends <= split).to(tl.int32), 0)
+    if row >= rows:
+        return
     head = first + row
     k_settled = 0
     v_settled = 0
@@ -70,9 +84,7 @@ def attend_split(
     if V_KIND != 0:
         v_settled = tl.load(values[3] + 2 * head + 1)
     length = k_settled + tl.load(key_tail[3] + 2 * head + 1)
-    low = split * chunk
-    if low >= length:
-        return
+    low = (split - tl.max(tl.where(ends <= split, ends, 0), 0)) * chunk
     high = tl.minimum(low + chunk, length)
 
     top = tl.full([HEIGHT], float("-inf"), tl.float32)
@@ -88,18 +100,30 @@ def attend_split(
             top, total, sums = _attend_part(
                 query, keys, key_tail, values, value_tail, counts, logits, row, head, low, high, k_settled, v_settled,
                 longest, scaling, softcap, top, total, sums, part // 2, part % 2, QUERIES, HEIGHT, BLOCK, STAGES,
-                K_KIND, K_BITS, K_GROUP, K_PAGE, K_SIZE, K_TILES, K_PARTS, K_RUN, K_WIDTH, K_FINE, K_TYPE, V_KIND, V_BITS, V_GROUP, V_PAGE, V_SIZE, V_TILES, V_PARTS, V_RUN, V_WIDTH, V_FINE, V_TYPE, PACKED, PAGE, CAPPED, COUNTED, OBSERVED,
+                K_KIND, K_BITS, K_GROUP, K_PAGE, K_SIZE, K_TILES, K_PARTS, K_RUN, K_WIDTH, K_FINE, K_TYPE,
+                V_KIND, V_BITS, V_GROUP, V_PAGE, V_SIZE, V_TILES, V_PARTS, V_RUN, V_WIDTH, V_FINE, V_TYPE,
+                PACKED, PAGE, CAPPED, COUNTED, OBSERVED,
             )  # fmt: skip
 
     line = tl.arange(0, HEIGHT)
-    at = (row * tl.num_programs(0) + split) * QUERIES + line
+    at = split * QUERIES + line
     tl.store(extent + 2 * at, top, mask=line < QUERIES)
     tl.store(extent + 2 * at + 1, total, mask=line < QUERIES)
     channel = tl.arange(0, V_WIDTH)
     there = (channel < V_RUN)[:, None] & (line < QUERIES)[None, :]
     for i in tl.static_range(V_TILES):
         place = at[None, :] * V_SIZE + first_channel(i, V_PARTS, V_RUN, V_SIZE) + channel[:, None]
-        tl.store(partial + place, sums[i], mask=there)
+        tl.store(partial + place, sums[i] / LIFT if V_KIND == 3 else sums[i], mask=there)
+
+
+@triton.jit
+def _splits(keys, key_tail, first, rows, chunk, SETTLED: tl.constexpr, ROWS: tl.constexpr):
+    """How many splits each row has, [ROWS]: a power of two that is not below ``rows``."""
+    row = tl.arange(0, ROWS)
+    length = tl.load(key_tail[3] + 2 * (first + row) + 1, mask=row < rows, other=0)
+    if SETTLED:
+        length += tl.load(keys[3] + 2 * (first + row) + 1, mask=row < rows, other=0)
+    return (length + chunk - 1) // chunk
 
 
 @triton.jit
@@ -213,8 +237,9 @@ def _attend_part(
             v_segment, head, base - v_shift, entries - v_shift, BLOCK, 0 if V_TAIL else V_KIND, V_BITS, V_GROUP,
             PAGE if V_TAIL else V_PAGE, V_SIZE, V_TILES, V_PARTS, V_RUN, V_WIDTH, v_type, V_FINE, PACKED, True,
         )  # fmt: skip
-        if V_KIND == 3 and not V_TAIL:
-            weight *= _scale(v_segment, head, entries - v_shift, V_PAGE)[:, None]
+        if V_KIND == 3:
+            # Lifted, so that small scales do not bring weights below what fp16 has.
+            weight *= LIFT if V_TAIL else _scale(v_segment, head, entries - v_shift, V_PAGE)[:, None] * LIFT
         weight = weight.to(v_type)
         added = ()
         for i in tl.static_range(V_TILES):
@@ -264,7 +289,7 @@ def _shaped(logit, scaling, softcap, CAPPED: tl.constexpr):
     return logit * (scaling * LOG2E)
 
 
-@triton.jit(do_not_specialize=["first", "chunk", "splits", "heads"])
+@triton.jit(do_not_specialize=["first", "rows", "chunk", "heads"])
 def merge_splits(
     partial,
     extent,
@@ -274,9 +299,10 @@ def merge_splits(
     out,  # [rows * QUERIES, V_SIZE]
     sums,  # fp32 [rows * QUERIES]: log-sum-exps, where OBSERVED
     first,
+    rows,
     chunk,
-    splits,
     heads,
+    ROWS: tl.constexpr,
     QUERIES: tl.constexpr,
     SETTLED: tl.constexpr,
     V_SIZE: tl.constexpr,
@@ -284,15 +310,18 @@ def merge_splits(
     BLOCK: tl.constexpr,
     SINKS: tl.constexpr,
     OBSERVED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """What one query's splits give together, normalized."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     query = tl.program_id(0)
     row = query // QUERIES
-    head = first + row
-    length = tl.load(key_tail[3] + 2 * head + 1)
-    if SETTLED:
-        length += tl.load(keys[3] + 2 * head + 1)
-    used = (length + chunk - 1) // chunk
+    splits = _splits(keys, key_tail, first, rows, chunk, SETTLED, ROWS)
+    every = tl.arange(0, ROWS)
+    before = tl.sum(tl.where(every < row, splits, 0), 0)
+    used = tl.sum(tl.where(every == row, splits, 0), 0)
     channel = tl.arange(0, V_WIDTH)
     top = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
@@ -302,7 +331,7 @@ def merge_splits(
     result = tl.zeros([V_WIDTH], tl.float32)
     for base in range(0, used, BLOCK):
         split = base + tl.arange(0, BLOCK)
-        at = (row * splits + split) * QUERIES + query % QUERIES
+        at = (before + split) * QUERIES + query % QUERIES
         tops = tl.load(extent + 2 * at, mask=split < used, other=float("-inf"))
         totals = tl.load(extent + 2 * at + 1, mask=split < used, other=0)
         there = (split < used)[:, None] & (channel < V_SIZE)[None, :]

@@ -1,9 +1,9 @@
 """Entries of a segment as tiles of numbers, on the device: page table, addresses, and codes to numbers.
 
-A *tile* is [BLOCK, width]: some channels of BLOCK consecutive entries of one head. A vector of ``SIZE`` channels is TILES
-such tiles. Codes of several channels share a byte (``formats/packing.py``): PARTS of them, so a vector is SIZE / PARTS
-bytes, and the tile of a run of bytes gives PARTS tiles of numbers. Where numbers share scales along channels, a run is
-no longer than a group, so that an entry has one scale in a tile.
+A *tile* is [BLOCK, width]: some channels of BLOCK consecutive entries of one head. A vector of ``SIZE`` channels is
+TILES such tiles. Codes of several channels share a byte (``formats/packing.py``): PARTS of them, so a vector is SIZE /
+PARTS bytes, and the tile of a run of bytes gives PARTS tiles of numbers. Where numbers share scales along channels, a
+run is no longer than a group, so that an entry has one scale in a tile.
 """
 
 import triton
@@ -60,8 +60,8 @@ def numbers(
     PACKED: tl.constexpr,
     ACROSS: tl.constexpr,
 ):
-    """The TILES tiles of ``entries`` (``base`` + 0 … BLOCK) of a head, in TYPE, of any finite numbers where the head has
-    no such entry: slots that hold nothing hold something finite.
+    """The TILES tiles of ``entries`` (``base`` + 0 … BLOCK) of a head, in TYPE. Where the head has no such entry they
+    are any finite numbers, because slots that hold nothing hold something finite.
 
     FINE: every number's scale is loaded for itself, where a tile has several. ACROSS: tiles are [WIDTH, BLOCK].
     """
@@ -76,8 +76,9 @@ def numbers(
         slot = block_slots(segment, head, base, entries, BLOCK, PAGE)
         row = _entries(slot, ACROSS)
         if KIND == 3:
-            codes = _load(x + row * SIZE, channel, RUN, WIDTH)
-            tiles = tiles + (_float8(codes, TYPE, PACKED, not ACROSS),)
+            for i in tl.static_range(TILES):
+                codes = _load(x + row * SIZE + i * RUN, channel, RUN, WIDTH)
+                tiles = tiles + (_float8(codes, TYPE, PACKED, not ACROSS),)
         else:
             for run in tl.static_range(TILES // PARTS):
                 if BITS == 3:
@@ -136,8 +137,8 @@ def _load(at, channel, RUN: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _range(ranges, index, there, PACKED: tl.constexpr):
-    """Scales and minima at ``index``. Those of two bytes are loaded together: loads of less than four bytes cannot be under
-    way in the background."""
+    """Scales and minima at ``index``. Those of two bytes are loaded together: loads of less than four bytes cannot be
+    under way in the background."""
     number = ranges.dtype.element_ty
     if number.primitive_bitwidth == 16:
         pair = tl.load(ranges.to(tl.pointer_type(tl.uint32)) + index, mask=there, other=0)
@@ -153,9 +154,9 @@ def _range(ranges, index, there, PACKED: tl.constexpr):
     return scale, minimum
 
 
-# Codes to 16-bit numbers, two at a time. A code in the last bits of the mantissa of a power of two (128 in bf16, 1024 in
-# fp16) is that number plus the code; what is left when it is subtracted, the code, is exact. One multiplication and
-# addition then give code * scale + minimum, rounded once.
+# Codes to 16-bit numbers, two at a time. A code in the last bits of the mantissa of a power of two (128 in bf16, 1024
+# in fp16) is that number plus the code; what is left when it is subtracted, the code, is exact. One multiplication
+# and addition then give code * scale + minimum, rounded once.
 
 
 @triton.constexpr_function
@@ -185,8 +186,8 @@ def _assembly(bits, dtype):
 @triton.jit
 def _packed(codes, scales, minima, BITS: tl.constexpr, TYPE: tl.constexpr, PURE: tl.constexpr):
     """The numbers of all parts of ``codes`` (uint8)."""
-    # A tile that is multiplied along its entries must be transposed, which costs less once it is decoded: assembly that is
-    # not called pure stays where it is, before that.
+    # A tile that is multiplied along its entries must be transposed, which costs less once it is decoded: assembly that
+    # is not called pure stays where it is, before that.
     assembly: tl.constexpr = _assembly(BITS, TYPE)
     code: tl.constexpr = assembly[0]
     operands: tl.constexpr = assembly[1]

@@ -1,0 +1,147 @@
+"""Decoding passes as captured CUDA graphs: one for each of a few batch sizes, over buffers that stay in place."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache as TransformersCache
+from transformers import PreTrainedModel
+
+from ..attention.interface import Mask, Pending
+from ..attention.reference import Variant
+from ..cache import Cache
+from ..group import Fresh, LayerGroup, Step
+from ..memory import Segment, sent
+
+_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+
+
+class Pass(TransformersCache):
+    """Stands for a cache in one decoding pass of ``rows`` sequences: the layer groups do the work, and nothing else
+    happens. Rows beyond the batch belong to no sequence; what they write goes to spare pages."""
+
+    def __init__(self, groups: Sequence[LayerGroup], positions: Tensor):
+        super().__init__(layers=[])
+        self._group_of = {number: group for group in groups for number in group.numbers}
+        nothing = torch.zeros(0, dtype=torch.int64)
+        self._step = Step(positions, nothing, nothing, padded=False)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        return Pending(key_states, self, layer_idx), Pending(value_states, self, layer_idx)
+
+    def attend(
+        self, module: nn.Module, layer: int, query: Tensor, keys: Tensor, values: Tensor, mask: Mask, variant: Variant
+    ) -> Tensor:
+        return self._group_of[layer].token(layer, Fresh(query, keys, values, self._step, variant))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return 1 + query_length, 0
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [group.layer.window is not None for _, group in sorted(self._group_of.items())]
+
+
+class Graphs:
+    """Captured passes of one model over one cache, made when a batch size comes for the first time, and again when
+    pages or tables have moved."""
+
+    def __init__(self, model: PreTrainedModel, cache: Cache, most: int):
+        self.model, self.cache, self.device = model, cache, model.device
+        self.sizes = [*(size for size in _SIZES if size < most), most]
+        self.ids = torch.zeros((most, 1), dtype=torch.int64, device=self.device)
+        self.positions = torch.zeros((most, 1), dtype=torch.int64, device=self.device)
+        self._captured: dict[int, tuple[tuple, torch.cuda.CUDAGraph, Tensor]] = {}
+        self._memory: Any = None  # what the captured passes share
+        self._prepared: Step | None = None  # the opened step whose buffers are filled
+        # Rows without a sequence write to a page of their own.
+        for store in (group.store for group in cache.groups):
+            for tail in (store.keys.tail, store.values.tail):
+                if tail.pool not in store.spare:
+                    store.spare[tail.pool] = int(tail.pool.allocate(1))
+
+    @staticmethod
+    def serve(cache: Cache) -> bool:
+        """Whether all that a decoding step of ``cache`` does is kernels over buffers in place."""
+        return cache.groups[0].arena.device.type == "cuda" and all(group.captures for group in cache.groups)
+
+    def decode(self, tokens: Sequence[int]) -> Tensor:
+        """One token for each sequence of the opened cache: logits [B, V], valid until the next call."""
+        count = len(tokens)
+        rows = next(size for size in self.sizes if size >= count)
+        if self.cache.opened is None or self.cache.opened is not self._prepared:
+            self.prepare(sent(torch.tensor(tokens), self.device))
+        logits = self._replayed(rows, self.state())
+        self.cache.passed()
+        return logits[:count]
+
+    def prepare(self, tokens: Tensor) -> None:
+        """Fills the buffers for the opened step, whose tokens (int64 [B]) are on the device. Nothing waits for them."""
+        self.ids[: tokens.numel(), 0].copy_(tokens)
+        self.positions[: tokens.numel()].copy_(sent(self.cache.seen[:, None], self.device))
+        self.state()
+        self._prepared = self.cache.opened
+
+    def _replayed(self, rows: int, state: tuple) -> Tensor:
+        if rows not in self._captured or self._captured[rows][0] != state:
+            self._capture(rows, state)
+        _, graph, logits = self._captured[rows]
+        graph.replay()
+        return logits
+
+    def _capture(self, rows: int, state: tuple) -> None:
+        from .fused import fused
+
+        self._captured = {size: kept for size, kept in self._captured.items() if kept[0] == state}
+        if not self._captured:
+            self._memory = None
+        stream = torch.cuda.Stream(self.device)
+        with widened(self.cache.groups, rows), fused(self.model):
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
+                self.computed(rows)  # compiles and allocates what does so at the first time
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._memory):
+                logits = self.computed(rows)
+        self._memory = graph.pool()
+        self._captured[rows] = state, graph, logits
+
+    @torch.no_grad()
+    def computed(self, rows: int) -> Tensor:
+        """The pass over the buffers, of groups that were ``widened``."""
+        stand_in = Pass(self.cache.groups, self.positions[:rows])
+        out = self.model(self.ids[:rows], position_ids=self.positions[:rows], past_key_values=stand_in, use_cache=True)
+        return out.logits[:, -1]
+
+    def _segments(self) -> Iterator[Segment]:
+        for group in self.cache.groups:
+            yield from group.store.keys.segments
+            yield from group.store.values.segments
+            if group._counted and group.store.columns:
+                yield group.store.columns
+
+    def state(self) -> tuple:
+        """Where everything lies that a captured pass reads, with its tables up to date."""
+        mirrors = [segment.mirror() for segment in self._segments()]
+        pools = {segment.pool for segment in self._segments()}
+        tensors = [tensor for pool in pools for tensor in pool.tensors.values()]
+        return tuple(x.data_ptr() for x in [*(m.table for m in mirrors), *(m.spans for m in mirrors), *tensors])
+
+
+@contextmanager
+def widened(groups: Sequence[LayerGroup], rows: int) -> Iterator[None]:
+    """Has the groups, which have as many slots, act for ``rows`` sequences."""
+    before = [group.batch for group in groups]
+    try:
+        for group in groups:
+            group.batch = rows
+        yield
+    finally:
+        for group, batch in zip(groups, before, strict=True):
+            group.batch = batch

@@ -1,0 +1,52 @@
+"""Decoding steps of layers whose attention the kernels compute, beside the same layers on the reference path."""
+
+import pytest
+import torch
+
+from kvarn.attention import kernels
+from methods.one_layer import VARIANT, OneLayer, random_tokens, split
+
+RECIPES = [
+    ("full", 10**9),
+    ("kivi(bits=4, group=16, residual=16)", 10**9),
+    ("snapkv(window=8) + kivi(bits=2, group=16, residual=16)", 24),
+    ("h2o", 20),
+    ("lazyeviction(window=4)", 30),
+    ("razorattention", 20),
+]
+
+
+@pytest.mark.parametrize(("recipe", "capacity"), RECIPES)
+def test_steps_by_kernels_are_those_of_the_reference(recipe, capacity, device, monkeypatch):
+    tokens = random_tokens(52)
+    served = []
+
+    def spied(*arguments):
+        out = kernels.decode(*arguments)
+        served.append(out is not None)
+        return out
+
+    monkeypatch.setattr("kvarn.group.decode", spied)
+    outs, layers = {}, {}
+    for name, devices in (("reference", set()), ("kernels", {device.type})):
+        monkeypatch.setattr(kernels, "DEVICES", devices)
+        layer = layers[name] = OneLayer(recipe, capacity, device.type)
+        layer.prompt(*(t.to(device) for t in split(tokens, 0, 40)))
+        steps = [layer.token(*(t.to(device) for t in split(tokens, t, t + 1))) for t in range(40, 52)]
+        outs[name] = torch.cat(steps, 2)
+    assert served == [False] * 12 + [True] * 12
+    torch.testing.assert_close(outs["kernels"], outs["reference"], rtol=1e-4, atol=1e-4)
+    assert layers["kernels"].group.store.lengths.tolist() == layers["reference"].group.store.lengths.tolist()
+    if layers["kernels"].group.store.columns:
+        assert layers["kernels"].positions() == layers["reference"].positions()
+
+
+@pytest.mark.parametrize("recipe", ["mikv", "think(ratio=0.5)"])
+def test_what_no_kernel_reads_goes_the_reference_path(recipe, device):
+    tokens = random_tokens(41)
+    layer = OneLayer(recipe, 10**9, device.type)
+    layer.prompt(*(t.to(device) for t in split(tokens, 0, 40)))
+    heads = layer.group.heads(0)
+    query = tokens[0][:, :, 40:].to(device)
+    assert kernels.decode(query, layer.group.store, heads, VARIANT) is None
+    assert bool(layer.token(*(t.to(device) for t in split(tokens, 40, 41))).isfinite().all())

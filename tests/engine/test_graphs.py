@@ -1,0 +1,117 @@
+"""Passes as they are captured, computed here without a graph: on a CPU Triton interprets the kernels."""
+
+import os
+
+import pytest
+import torch
+
+from kvarn import Engine, Sampling
+from kvarn.attention import kernels
+from tiny_models import make_tiny
+
+pytest.importorskip("triton")
+
+from kvarn.attention.triton.small import gated, norm, turned
+from kvarn.engine.fused import fused
+from kvarn.engine.graphs import Graphs, widened
+
+ON_CUDA = torch.cuda.is_available()
+DEVICES = [
+    pytest.param("cuda", marks=pytest.mark.gpu),
+    pytest.param(
+        "cpu", marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are not interpreted")
+    ),
+]
+PROMPTS = [torch.randint(1, 160, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (20, 37, 9)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_small_kernels_round_as_the_modules_do(device, dtype):
+    if (device, dtype) == ("cpu", torch.bfloat16):
+        pytest.skip("Triton's interpreter cuts numbers off where bfloat16 rounds")
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    x, weight = random(3, 1, 96), random(96)
+    wide = x.float()
+    expected = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)
+    exact = {"rtol": 0, "atol": 0} if dtype != torch.float32 else {"rtol": 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(norm(x, weight, 1e-5), expected, **exact)
+    torch.testing.assert_close(gated(x, x.flip(0)), torch.nn.functional.silu(x) * x.flip(0), **exact)
+    query, key = (
+        random(3, 1, 4 * 16).view(3, 1, 4, 16).transpose(1, 2),
+        random(3, 1, 32).view(3, 1, 2, 16).transpose(1, 2),
+    )
+    for rows in (1, 3):
+        cos, sin = random(rows, 1, 16), random(rows, 1, 16)
+        for ours, states in zip(turned(query, key, cos, sin), (query, key), strict=True):
+            half = torch.cat([-states[..., 8:], states[..., :8]], -1)
+            torch.testing.assert_close(ours, states * cos[:, None] + half * sin[:, None], **exact)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_modules_are_replaced_where_they_are_the_same_and_put_back(device):
+    for name, kinds in {"llama": {"LlamaRMSNorm", "LlamaMLP"}, "gemma3": set()}.items():
+        model = make_tiny(name).to(device)
+        with fused(model):
+            replaced = {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
+        assert replaced == kinds, "Gemma adds one to its norms' weights, and its gate is another function"
+        assert not any("forward" in vars(module) for module in model.modules())
+
+
+class Uncaptured(Graphs):
+    """Computes anew what would be replayed."""
+
+    def _replayed(self, rows, state):
+        with widened(self.cache.groups, rows), fused(self.model):
+            return self.computed(rows)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("architecture", "recipe", "budget"),
+    [
+        ("llama", "full", None),
+        ("llama", "snapkv(window=8)", 0.5),
+        ("llama", "window", 16),
+        ("llama", "kivi(bits=4, group=16, residual=16)", None),
+        ("gemma3", "full", None),
+    ],
+)
+def test_a_pass_over_buffers_gives_the_tokens_of_the_cache(architecture, recipe, budget, device, monkeypatch):
+    monkeypatch.setattr(kernels, "DEVICES", {"cpu", "cuda"})
+    model = make_tiny(architecture, num_hidden_layers=4 if architecture == "gemma3" else 1).to(device)
+    sampling = [Sampling(max_tokens=n) for n in (5, 3, 2)]
+    own = Engine(make_tiny(architecture, num_hidden_layers=model.config.num_hidden_layers), recipe, budget)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "DEVICES", set())
+        expected = [answer.tokens for answer in own.generate(PROMPTS, sampling)]
+    engine = Engine(model, recipe, budget, max_batch=6)
+    if device == "cpu":
+
+        def capture(cache, most):
+            if engine._runner.graphs is None:
+                assert all(group.captures for group in cache.groups)
+                cache.reserve(most)
+                engine._runner.graphs = Uncaptured(model, cache, most)
+
+        engine._runner.capture = capture
+    answers = engine.generate(PROMPTS, sampling)
+    assert engine._runner.graphs is not None
+    assert [answer.tokens for answer in answers] == expected
+
+
+def test_what_decides_on_the_host_is_not_captured(monkeypatch):
+    monkeypatch.setattr(kernels, "DEVICES", {"cpu", "cuda"})
+    model = make_tiny("llama")
+    for recipe, budget in [("h2o", 20), ("mikv(low=4)", None), ("xquant(bits=8, group=16)", None)]:
+        engine = Engine(model, recipe, budget)
+        engine.generate(PROMPTS[:1], Sampling(max_tokens=1))
+        engine.add(PROMPTS[0], Sampling(max_tokens=5))
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "DEVICES", set())
+            engine.step()
+        assert not any(group.captures for group in engine._batch.groups)
