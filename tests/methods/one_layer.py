@@ -77,7 +77,7 @@ class OneLayer:
         rows = self.group.store.read_column(self.group.everyone, name)
         return [row[:n].tolist() for row, n in zip(rows, self.group.store.lengths.tolist(), strict=True)]
 
-    def _step(self, keys: Tensor, ends: Tensor | None) -> Step:
+    def _step(self, keys: Tensor, ends: Tensor | None = None) -> Step:
         before, self.seen = self.seen, self.seen + keys.shape[2]
         positions = torch.arange(before, self.seen, device=keys.device)[None]
         return Step(positions, torch.tensor([before]), torch.tensor([self.seen]), False, ends=ends)
