@@ -13,13 +13,9 @@ from .attention.interface import NAME, Mask, Pending
 from .attention.reference import Variant
 from .attention.rotary import Rotary
 from .budgets import UNBOUNDED, Budget, Cascade, check_budget
-from .bundled_group import BundledGroup
-from .chunk_group import ChunkGroup
 from .errors import CacheMismatch, PromptTooLong, RecipeError, Unsupported
-from .group import Fresh, LayerGroup, Step
-from .input_group import InputGroup
-from .joint_group import JointGroup, hand_over_inputs
-from .memory import Arena, BoundedLayout, Parked, TieredLayout, by_pool, sent
+from .layers import Fresh, LayerGroup, Step, hand_over_inputs, new_group
+from .memory import Arena, Parked, by_pool, sent
 from .methods import Method
 from .plan import Plan, Planner
 from .prefill import Carried, Reader, read_in_blocks
@@ -27,9 +23,7 @@ from .recipe import Recipe
 from .rematerialization import inputs_of
 from .report import Report
 from .scoring import PromptView
-from .selection import Chunks
 from .spec import LayerSpec, ModelSpec
-from .tiered_group import TieredGroup
 from .tokens import hand_over_tokens
 
 
@@ -571,26 +565,8 @@ class Cache(TransformersCache, Reader):
         return [self._new_group(numbers, layer, arena, batch) for layer, numbers in members.items()]
 
     def _new_group(self, numbers: list[int], layer: LayerSpec, arena: Arena, batch: int) -> LayerGroup:
-        layout = self.recipe.layout(layer, self.spec.dtype, self.page_size)
-        if self._layer_inputs and layer.window is None:
-            inputs = [each for number in numbers if (each := self._layer_inputs[number])]
-            return InputGroup(numbers, layer, layout, inputs, arena, batch)
-        selection = self.recipe.selection(layer)
-        if isinstance(selection, Chunks):
-            return ChunkGroup(numbers, layer, layout, selection, arena, batch, self._rotary)
-        if self.recipe.joins and layer.window is None:
-            return JointGroup(numbers, layer, layout, self._exemption, arena, batch, self._rotary)
-        eviction = self.recipe.eviction(layer, self.spec.dtype)
-        if isinstance(layout, BoundedLayout) and (bundle := self.recipe.bundle):
-            return BundledGroup(numbers, layer, layout, eviction, bundle, arena, batch, self._rotary)
-        precision = self.recipe.precision(layer, self.spec.dtype)
-        if precision and isinstance(layout, TieredLayout):
-            group: LayerGroup = TieredGroup(numbers, layer, layout, eviction, precision, arena, batch, self._rotary)
-        else:
-            group = LayerGroup(numbers, layer, layout, eviction, arena, batch, self._rotary)
-        if selection:
-            group.select(selection, self.recipe.alike(layer, self.spec.dtype), self.spec.dtype)
-        return group
+        inputs = [each for number in numbers if self._layer_inputs and (each := self._layer_inputs[number])]
+        return new_group(self.recipe, numbers, layer, self.spec.dtype, arena, batch, self._rotary, inputs)
 
     def _check_joins(self, other: "Cache") -> None:
         reasons = {

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .group import LayerGroup
+from .layers import LayerGroup
 from .memory import Arena, Tier
 from .spec import ModelSpec
 

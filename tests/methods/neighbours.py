@@ -7,8 +7,7 @@ from one_layer import KV_HEADS, LAYER, VARIANT
 from torch import Tensor
 
 import kvarn
-from kvarn.bundled_group import BundledGroup
-from kvarn.group import Fresh, Step
+from kvarn.layers import Fresh, Step, new_group
 from kvarn.memory import Arena
 from kvarn.spec import ModelSpec
 
@@ -21,9 +20,8 @@ class Neighbours:
     def __init__(self, recipe: str, count: int = 2, capacity: int = 10**9):
         parsed = kvarn.Recipe.parse(recipe)
         layer = parsed.told_apart(ModelSpec("toy", (LAYER,) * count, torch.float32, None)).layers[0]
-        layout, eviction = parsed.layout(layer, torch.float32, 4), parsed.eviction(layer, torch.float32)
         arena = Arena(torch.device("cpu"), 4)
-        self.group = BundledGroup(list(range(count)), layer, layout, eviction, parsed.bundle, arena, batch=1)
+        self.group = new_group(parsed, list(range(count)), layer, torch.float32, arena, 1)
         self.group.capacity = torch.full((1, 1, KV_HEADS), capacity)
         self.seen = 0
 

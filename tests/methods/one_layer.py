@@ -10,14 +10,10 @@ from torch import Tensor
 import kvarn
 from kvarn.attention import Variant
 from kvarn.attention.rotary import Rotary
-from kvarn.chunk_group import ChunkGroup
-from kvarn.group import Fresh, LayerGroup, Step
-from kvarn.joint_group import JointGroup
+from kvarn.layers import Fresh, Step, new_group
 from kvarn.memory import Arena
 from kvarn.methods import Method
-from kvarn.selection import Chunks
 from kvarn.spec import LayerSpec
-from kvarn.tiered_group import TieredGroup
 from tiny_models import make_tiny
 
 SIZE, KV_HEADS, GROUP = 16, 2, 2
@@ -29,22 +25,10 @@ class OneLayer:
     """A group of one layer and one sequence; ``capacity`` entries a head. Keys are rotated as in Llama."""
 
     def __init__(self, recipe: str | Method | kvarn.Recipe, capacity: int = 10**9, device: str = "cpu"):
-        parsed = kvarn.Recipe.parse(recipe)
-        layout = parsed.layout(LAYER, torch.float32, page_size=4)
-        eviction = parsed.eviction(LAYER, torch.float32)
-        arena, precision = Arena(torch.device(device), 4), parsed.precision(LAYER, torch.float32)
-        rotary = Rotary(make_tiny("llama").to(device)) if layout.before_rope else None
-        selection = parsed.selection(LAYER)
-        if isinstance(selection, Chunks):
-            self.group = ChunkGroup([0], LAYER, layout, selection, arena, 1, rotary)
-        elif parsed.joins:
-            self.group = JointGroup([0], LAYER, layout, parsed.exemption, arena, 1, rotary)
-        elif precision:
-            self.group = TieredGroup([0], LAYER, layout, eviction, precision, arena, 1, rotary)
-        else:
-            self.group = LayerGroup([0], LAYER, layout, eviction, arena, 1, rotary)
-        if selection and not isinstance(selection, Chunks):
-            self.group.select(selection, parsed.alike(LAYER, torch.float32), torch.float32)
+        parsed, arena = kvarn.Recipe.parse(recipe), Arena(torch.device(device), 4)
+        before_rope = parsed.layout(LAYER, torch.float32, arena.page_size).before_rope
+        rotary = Rotary(make_tiny("llama").to(device)) if before_rope else None
+        self.group = new_group(parsed, [0], LAYER, torch.float32, arena, 1, rotary)
         self.group.capacity = torch.full_like(self.group.capacity, capacity)
         self.seen = 0
 

@@ -9,7 +9,7 @@ import kvarn
 from drive import logits_of
 from kvarn.budgets.sensitivity import LayerSensitivity, sensitive_shares
 from kvarn.errors import CalibrationError, RecipeError
-from kvarn.group import Fresh, Step
+from kvarn.layers import Fresh, Step
 from kvarn.methods.epicache import EpiCache
 from kvarn.prefill import cuts
 from tiny_models import make_tiny

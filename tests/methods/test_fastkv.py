@@ -7,7 +7,7 @@ from one_layer import GROUP, KV_HEADS, VARIANT, OneLayer, probabilities, random_
 import kvarn
 from drive import left_padded, logits_of
 from kvarn.errors import RecipeError, Unsupported
-from kvarn.group import Fresh
+from kvarn.layers import Fresh
 from kvarn.methods.fastkv import FastKV
 from test_real_model import answer, haystack_with_needle
 from tiny_models import make_tiny

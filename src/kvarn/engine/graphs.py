@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..attention.interface import Mask, Pending
 from ..attention.reference import Variant
 from ..cache import Cache
-from ..group import Fresh, LayerGroup, Step
+from ..layers import Fresh, LayerGroup, Step
 from ..memory import Segment, sent
 
 _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)

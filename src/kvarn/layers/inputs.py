@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from .attention import Part
-from .errors import Unsupported
+from ..attention import Part
+from ..errors import Unsupported
+from ..memory import Arena, Layout
+from ..rematerialization import Known, LayerDifferences, LayerInputs, kept
+from ..spec import LayerSpec
 from .group import Fresh, LayerGroup
-from .memory import Arena, Layout
-from .rematerialization import Known, LayerDifferences, LayerInputs, kept
-from .spec import LayerSpec
 
 _CHECKED = 4  # tokens
 

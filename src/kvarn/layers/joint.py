@@ -6,13 +6,13 @@ from weakref import WeakSet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .attention import Part
-from .attention.rotary import Rotary
-from .errors import Unsupported
+from ..attention import Part
+from ..attention.rotary import Rotary
+from ..errors import Unsupported
+from ..memory import Arena, Layout
+from ..reduction import Exemption
+from ..spec import LayerSpec, ModelSpec
 from .group import Fresh, LayerGroup
-from .memory import Arena, Layout
-from .reduction import Exemption
-from .spec import LayerSpec, ModelSpec
 
 
 class JointGroup(LayerGroup):

@@ -10,17 +10,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .attention import Paid, Part, Variant, attend, attend_observed
-from .attention.kernels import decode, reads
-from .attention.rotary import Rotary
-from .memory import Arena, Layout, Segment, Store, StoreLayout, TieredLayout, TieredStore, sent
-from .plan import Plan
-from .prefill import Propagation
-from .reduction import Entries, Eviction, Merging
-from .rematerialization import Known
-from .scoring import Observation, ObservingScore, PromptView
-from .selection import Chosen, Layers, Reading, Selection, Selector
-from .spec import LayerSpec
+from ..attention import Paid, Part, Variant, attend, attend_observed
+from ..attention.kernels import decode, reads
+from ..attention.rotary import Rotary
+from ..memory import Arena, Layout, Segment, Store, StoreLayout, TieredLayout, TieredStore, sent
+from ..plan import Plan
+from ..prefill import Propagation
+from ..reduction import Entries, Eviction, Merging
+from ..rematerialization import Known
+from ..scoring import Observation, ObservingScore, PromptView
+from ..selection import Chosen, Layers, Reading, Selection, Selector
+from ..spec import LayerSpec
 
 
 @dataclass(slots=True)

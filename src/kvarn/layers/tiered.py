@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from .attention.rotary import Rotary
+from ..attention.rotary import Rotary
+from ..memory import Arena, TieredLayout, TieredStore
+from ..memory.segment import joined, pick
+from ..memory.tiered import leading
+from ..plan import Plan
+from ..reduction import Eviction, Precision
+from ..scoring import ObservingScore
+from ..spec import LayerSpec
 from .group import LayerGroup, Step
-from .memory import Arena, TieredLayout, TieredStore
-from .memory.segment import joined, pick
-from .memory.tiered import leading
-from .plan import Plan
-from .reduction import Eviction, Precision
-from .scoring import ObservingScore
-from .spec import LayerSpec
 
 
 class TieredGroup(LayerGroup):

@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-from .attention import Part, attend
-from .attention.rotary import Rotary
-from .bundles import Bundle
-from .formats import Bundled
+from ..attention import Part, attend
+from ..attention.rotary import Rotary
+from ..bundles import Bundle
+from ..formats import Bundled
+from ..memory import Arena, BoundedLayout, TieredStore
+from ..memory.segment import joined, pick
+from ..memory.tiered import leading
+from ..reduction import Eviction
+from ..scoring import PromptView
+from ..spec import LayerSpec
 from .group import Fresh, LayerGroup, Step
-from .memory import Arena, BoundedLayout, TieredStore
-from .memory.segment import joined, pick
-from .memory.tiered import leading
-from .reduction import Eviction
-from .scoring import PromptView
-from .spec import LayerSpec
 
 
 class BundledGroup(LayerGroup):

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from .attention import Part, attend
-from .attention.rotary import Rotary
+from ..attention import Part, attend
+from ..attention.rotary import Rotary
+from ..memory import Arena, Layout
+from ..selection import Chunks, stray
+from ..spec import LayerSpec
 from .group import Fresh, Step
-from .joint_group import JointGroup
-from .memory import Arena, Layout
-from .selection import Chunks, stray
-from .spec import LayerSpec
+from .joint import JointGroup
 
 
 class ChunkGroup(JointGroup):
