@@ -17,15 +17,29 @@ from pathlib import Path
 
 from kvarn.bench.report.summary import Row, summarize
 
+# Selections and ShadowKV are told to read and keep little, since their defaults are for texts of ten times this length.
 RECIPES = [
-    "window",
-    "h2o",
-    "snapkv",
-    "window + kivi(bits=4)",
-    "h2o + kivi(bits=4)",
-    "snapkv + kivi(bits=4)",
-    "kivi(bits=4)",
-    "kivi(bits=2)",
+    *("window", "snapkv", "h2o", "scissorhands", "lazyeviction", "keyformer"),
+    *(
+        "d2o",
+        "kvmerger",
+        "chelsea",
+        "cake",
+        "prefixkv",
+        "duoattention",
+        "razorattention",
+        "fastkv",
+        "epicache(block=512)",
+    ),
+    *("kivi(bits=4)", "kivi(bits=2)", "gear", "vidkv", "kvquant", "rotatekv", "mustafar", "think"),
+    *("mikv(low=4)", "zipcache", "arkv", "xquant", "xquantcl", "minicache(start=0.9)", "xkv"),
+    "tokenselect(sinks=16, local=64, count=112, chunk=64)",
+    "sentencekv(count=192, first=16)",
+    "shadowkv(rank=96, count=96, outliers=8)",
+    *("window + kivi(bits=4)", "h2o + kivi(bits=4)", "snapkv + kivi(bits=4)"),
+    *("duoattention + kivi", "cake + mikv", "snapkv + think", "fastkv + zipcache", "d2o + gear"),
+    "tokenselect(sinks=16, local=64, count=112, chunk=64) + kivi(bits=4)",
+    "minicache(start=0.9) + kivi(bits=4)",
 ]
 BUDGETS = "0.5,0.25,0.1"
 CASES = {"fidelity": 16, "perplexity": 8, "positions": 64, "examples": 4, "rounds": 0}
