@@ -26,7 +26,7 @@ def test_steps_by_kernels_are_those_of_the_reference(recipe, capacity, device, m
         served.append(out is not None)
         return out
 
-    monkeypatch.setattr("kvarn.group.decode", spied)
+    monkeypatch.setattr("kvarn.layers.group.decode", spied)
     outs, layers = {}, {}
     for name, devices in (("reference", set()), ("kernels", {device.type})):
         monkeypatch.setattr(kernels, "DEVICES", devices)
