@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 import transformers
 from library import in_turns, real_text
+from quality import RECIPES
 
 import kvarn
 from kvarn.bench.machine import processor
 from kvarn.errors import BudgetError, CalibrationError
-from kvarn.methods import METHODS
 
 ALLOWED = 1.15  # of SnapKV's step
 
@@ -77,7 +77,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--budget", type=float, default=0.25)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--recipes", default="; ".join(name for name in METHODS if name != "full"))
+    parser.add_argument("--recipes", default="; ".join(RECIPES))
     parser.add_argument("--out", default="benchmarks/results/overhead.json")
     return parser.parse_args()
 
