@@ -99,6 +99,18 @@ KINDS = [
     ("dense", "int4/channel/16"),
     ("float8", "float8"),
 ]
+FOLDED = [  # what is multiplied as codes
+    ("int8/channel/32", "int8/token/32", 32),
+    ("int4/channel/32", "int4/token/32", 64),
+    ("int4/channel/16", "int4/token/64", 128),
+    ("int2/channel/32", "int2/token/32", 128),
+    ("int4/token/32", "int4/channel/32", 128),
+    ("int8/token/64", "int2/channel/16", 128),
+    ("int2/token/64", "dense", 128),
+    ("dense", "int4/token/32", 64),
+    ("float8", "int4/token/32", 64),
+    ("float8", "float8", 96),
+]
 
 
 @pytest.mark.parametrize(("keys", "values"), KINDS)
@@ -114,6 +126,16 @@ def test_half_precision(keys, values, dtype, device):
         pytest.skip("the interpreter computes bf16 in its own way")
     store, heads = stored(keys, values, device, dtype, sizes=(64, 64))
     check(store, heads, device, dtype)
+
+
+@pytest.mark.parametrize(("keys", "values", "size"), FOLDED)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_with_codes(keys, values, size, dtype, device):
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter computes bf16 in its own way")
+    for page in (16, 64) if device.type == "cuda" else (16,):
+        store, heads = stored(keys, values, device, dtype, counts=(100, 5, 1, 70), sizes=(size, size), page=page)
+        check(store, heads, device, dtype, group=4)
 
 
 @pytest.mark.parametrize(("sizes", "group"), [((80, 16), 1), ((16, 96), 3), ((128, 64), 8), ((64, 256), 12)])

@@ -25,7 +25,7 @@ _LEAST_CHUNK = 128  # entries of a split
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the vectors of a format are cut into tiles (see ``tiles``)."""
+    """How the vectors of a format are cut into tiles (see ``tiles``, and ``folded`` for those that are)."""
 
     kind: int
     bits: int
@@ -33,20 +33,16 @@ class Tiling:
     size: int
     parts: int
     run: int
-    fine: bool
+    fine: bool = False
+    folded: bool = False
 
     @property
     def tiles(self) -> int:
-        return self.size // self.run
+        return 2 * self.size // self.run if self.folded else self.size // self.run
 
     def arguments(self, side: str, page: int, dtype: torch.dtype) -> dict[str, Any]:
         """Constants of the kernels, named for a side; ``dtype``: the model's."""
-        if dtype == torch.float32:
-            number = tl.float32
-        elif dtype == torch.bfloat16 and self.bits < 8:
-            number = tl.bfloat16
-        else:
-            number = tl.float16  # has all bytes, as bf16 has not
+        number = tl.float32 if dtype == torch.float32 else tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
         constants = {
             "KIND": self.kind,
             "BITS": self.bits,
@@ -56,30 +52,37 @@ class Tiling:
             "TILES": self.tiles,
             "PARTS": self.parts,
             "RUN": self.run,
-            "WIDTH": max(16, next_power_of_2(self.run)),
+            "WIDTH": max(16, next_power_of_2(self.size if self.folded else self.run)),
             "FINE": self.fine,
+            "FOLDED": self.folded,
             "TYPE": number,
         }
         return {f"{side}_{name}": constant for name, constant in constants.items()}
 
 
-def tiling(fmt: Format, block: int) -> Tiling | None:
-    """How the kernels read ``fmt`` in blocks of so many entries; None: they do not."""
+def tiling(fmt: Format, block: int, exact: bool = False) -> Tiling | None:
+    """How the kernels read ``fmt`` in blocks of so many entries; None: they do not. ``exact``: numbers in fp32."""
     if type(fmt) is Dense:
         ((size,), _) = fmt.layout["x"]
-        return Tiling(DENSE.value, 16, size, size, 1, size, False)
-    if type(fmt) is Int:
-        parts = 1 if fmt.bits == 3 else 8 // fmt.bits
-        whole = fmt.size // parts
-        if fmt.axis == "channel":
-            return Tiling(CHANNEL.value, fmt.bits, fmt.group, fmt.size, parts, whole, bool(fmt.group % block))
-        run = gcd(whole, fmt.group)
-        fine = run < 16
-        return Tiling(TOKEN.value, fmt.bits, fmt.group, fmt.size, parts, whole if fine else run, fine)
+        return Tiling(DENSE.value, 16, size, size, 1, size)
     if type(fmt) is Float8:
-        # Wider tiles than 64 channels are written to shared memory with conflicts.
-        return Tiling(FLOAT8.value, 8, fmt.size, fmt.size, 1, gcd(fmt.size, 64) if fmt.size > 64 else fmt.size, False)
-    return None
+        run = gcd(fmt.size, 64)
+        return Tiling(FLOAT8.value, 8, fmt.size, fmt.size, 1, run, folded=_folds(fmt.size, run, exact))
+    if type(fmt) is not Int:
+        return None
+    parts = 1 if fmt.bits == 3 else 8 // fmt.bits
+    whole = fmt.size // parts
+    per_channel = fmt.axis == "channel"
+    run = gcd(whole, 128 if per_channel else fmt.group)
+    fine = bool(fmt.group % block) if per_channel else run < 16
+    folded = fmt.bits != 3 and not fine and _folds(fmt.size, run, exact)
+    kind = CHANNEL if per_channel else TOKEN
+    return Tiling(kind.value, fmt.bits, fmt.group, fmt.size, parts, whole if fine else run, fine, folded)
+
+
+def _folds(size: int, run: int, exact: bool) -> bool:
+    """Whether vectors in runs of so many bytes can be read as ``folded`` has them."""
+    return run >= 32 and size & (size - 1) == 0 and not exact
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,9 @@ def tuning(store: Store) -> Tuning:
     if not settled:
         return Tuning(64, 2, 4)
     units = [fmt.unit for fmt in settled if fmt.unit > 1]
-    wide = any(isinstance(fmt, Float8) or (isinstance(fmt, Int) and fmt.bits == 8) for fmt in settled)
-    return Tuning(max(16, gcd(32, *units)), 1, 5, registers=168, resident=11 if wide else 12)
+    bits = [8 if isinstance(fmt, Float8) else fmt.bits for fmt in settled if isinstance(fmt, (Float8, Int))]
+    block = max(16, gcd(16 if 8 in bits else 32, *units))
+    return Tuning(block, 1, 2, registers=128, resident=16) if bits == [2, 2] else Tuning(block, 1, 2, 168, 12)
 
 
 def readable(store: Store, queries: int) -> bool:
@@ -135,7 +139,8 @@ def attend_stored(
     None where the kernels do not read the store's formats.
     """
     tuned = tuned or tuning(store)
-    tilings = [tiling((side.settled or side.tail).format, tuned.block) for side in (store.keys, store.values)]
+    exact = query.dtype == torch.float32
+    tilings = [tiling((side.settled or side.tail).format, tuned.block, exact) for side in (store.keys, store.values)]
     key_tiling, value_tiling = tilings
     rows = heads.stop - heads.start
     queries = query.shape[0] * query.shape[1] // rows
@@ -146,7 +151,6 @@ def attend_stored(
     total = int(store.lengths[heads].sum())
     chunk = chunk or tuned.chunk(total, rows, query.device)
     splits = total // chunk + rows  # or fewer
-    exact = query.dtype == torch.float32
     overlap = _OVERLAP and _overlaps(query.device)
     partial = query.new_empty((splits, queries, value_tiling.size), dtype=torch.float32)
     extent = query.new_empty((splits, queries, 2), dtype=torch.float32)
@@ -181,7 +185,7 @@ def attend_stored(
         STAGES=tuned.stages,
         **key_tiling.arguments("K", (store.keys.settled or store.keys.tail).pool.page_size, query.dtype),
         **value_tiling.arguments("V", (store.values.settled or store.values.tail).pool.page_size, query.dtype),
-        PACKED=not exact and not _INTERPRETED,
+        PACKED=not _INTERPRETED,
         PAGE=store.arena.page_size,
         CAPPED=variant.softcap is not None,
         COUNTED=counts,

@@ -9,10 +9,23 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .folded import (
+    LIFT,
+    factor,
+    half_ranges,
+    key_channels,
+    key_codes,
+    key_tiles,
+    per_entry,
+    ranges,
+    relative,
+    value_channels,
+    value_codes,
+    value_tiles,
+)
 from .tiles import first_channel, numbers, slots
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LIFT = tl.constexpr(256.0)
 
 
 @triton.jit(do_not_specialize=["first", "rows", "chunk", "longest"])
@@ -47,6 +60,7 @@ def attend_split(
     K_RUN: tl.constexpr,
     K_WIDTH: tl.constexpr,
     K_FINE: tl.constexpr,
+    K_FOLDED: tl.constexpr,
     K_TYPE: tl.constexpr,
     V_KIND: tl.constexpr,
     V_BITS: tl.constexpr,
@@ -58,6 +72,7 @@ def attend_split(
     V_RUN: tl.constexpr,
     V_WIDTH: tl.constexpr,
     V_FINE: tl.constexpr,
+    V_FOLDED: tl.constexpr,
     V_TYPE: tl.constexpr,
     PACKED: tl.constexpr,
     PAGE: tl.constexpr,
@@ -67,6 +82,7 @@ def attend_split(
     OVERLAP: tl.constexpr,
 ):
     """A split of a row: ``chunk`` of its entries."""
+    V_LINES: tl.constexpr = V_RUN // 2 if V_FOLDED else V_WIDTH
     if OVERLAP:
         # Kernels are launched while those before them run: the merge after this one, and this one after others.
         gdc_wait()
@@ -88,32 +104,44 @@ def attend_split(
     high = tl.minimum(low + chunk, length)
 
     top = tl.full([HEIGHT], float("-inf"), tl.float32)
-    total = tl.zeros([HEIGHT], tl.float32)
+    total = tl.zeros([8, HEIGHT], tl.float32)  # to be added up, as the minima
     sums = ()
     for _ in tl.static_range(V_TILES):
-        sums = sums + (tl.zeros([V_WIDTH, HEIGHT], tl.float32),)
+        sums = sums + (tl.zeros([V_LINES, HEIGHT], tl.float32),)
+    minima = ()
+    for _ in tl.static_range(V_TILES // 2 if V_FOLDED else 0):
+        minima = minima + (tl.zeros([8, HEIGHT], tl.float32),)
 
     # Keys and values settle at different entries, so a split is cut where either does. Which of two orders the cuts
     # have differs from head to head: of the second and the third loop at most one runs.
     for part in tl.static_range(4):
         if (K_KIND != 0 or part // 2 == 1) and (V_KIND != 0 or part % 2 == 1):
-            top, total, sums = _attend_part(
+            top, total, sums, minima = _attend_part(
                 query, keys, key_tail, values, value_tail, counts, logits, row, head, low, high, k_settled, v_settled,
-                longest, scaling, softcap, top, total, sums, part // 2, part % 2, QUERIES, HEIGHT, BLOCK, STAGES,
-                K_KIND, K_BITS, K_GROUP, K_PAGE, K_SIZE, K_TILES, K_PARTS, K_RUN, K_WIDTH, K_FINE, K_TYPE,
-                V_KIND, V_BITS, V_GROUP, V_PAGE, V_SIZE, V_TILES, V_PARTS, V_RUN, V_WIDTH, V_FINE, V_TYPE,
+                longest, scaling, softcap, top, total, sums, minima, part // 2, part % 2, QUERIES, HEIGHT, BLOCK,
+                STAGES,
+                K_KIND, K_BITS, K_GROUP, K_PAGE, K_SIZE, K_TILES, K_PARTS, K_RUN, K_WIDTH, K_FINE, K_FOLDED, K_TYPE,
+                V_KIND, V_BITS, V_GROUP, V_PAGE, V_SIZE, V_TILES, V_PARTS, V_RUN, V_WIDTH, V_FINE, V_FOLDED, V_TYPE,
                 PACKED, PAGE, CAPPED, COUNTED, OBSERVED,
             )  # fmt: skip
 
     line = tl.arange(0, HEIGHT)
     at = split * QUERIES + line
     tl.store(extent + 2 * at, top, mask=line < QUERIES)
-    tl.store(extent + 2 * at + 1, total, mask=line < QUERIES)
-    channel = tl.arange(0, V_WIDTH)
-    there = (channel < V_RUN)[:, None] & (line < QUERIES)[None, :]
+    tl.store(extent + 2 * at + 1, tl.sum(total, 0), mask=line < QUERIES)
+    place = tl.arange(0, V_LINES)
+    there = (line < QUERIES)[None, :]
+    if not V_FOLDED and V_RUN < V_WIDTH:
+        there = there & (place < V_RUN)[:, None]
     for i in tl.static_range(V_TILES):
-        place = at[None, :] * V_SIZE + first_channel(i, V_PARTS, V_RUN, V_SIZE) + channel[:, None]
-        tl.store(partial + place, sums[i] / LIFT if V_KIND == 3 else sums[i], mask=there)
+        out = sums[i]
+        if V_FOLDED and V_KIND == 2:
+            out += tl.sum(minima[i // (2 * V_PARTS) * V_PARTS + i % V_PARTS], 0)[None, :]
+        if V_FOLDED:
+            channel = value_channels(i, V_SIZE, V_PARTS, V_RUN)
+        else:
+            channel = first_channel(i, V_PARTS, V_RUN, V_SIZE) + place
+        tl.store(partial + at[None, :] * V_SIZE + channel[:, None], out, mask=there)
 
 
 @triton.jit
@@ -147,6 +175,7 @@ def _attend_part(
     top,
     total,
     sums,
+    minima,
     K_TAIL: tl.constexpr,
     V_TAIL: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -163,6 +192,7 @@ def _attend_part(
     K_RUN: tl.constexpr,
     K_WIDTH: tl.constexpr,
     K_FINE: tl.constexpr,
+    K_FOLDED: tl.constexpr,
     K_TYPE: tl.constexpr,
     V_KIND: tl.constexpr,
     V_BITS: tl.constexpr,
@@ -174,6 +204,7 @@ def _attend_part(
     V_RUN: tl.constexpr,
     V_WIDTH: tl.constexpr,
     V_FINE: tl.constexpr,
+    V_FOLDED: tl.constexpr,
     V_TYPE: tl.constexpr,
     PACKED: tl.constexpr,
     PAGE: tl.constexpr,
@@ -198,27 +229,48 @@ def _attend_part(
     else:
         end = tl.minimum(end, v_settled)
         v_segment = values
+    k_folded: tl.constexpr = K_FOLDED and not K_TAIL
+    v_folded: tl.constexpr = V_FOLDED and not V_TAIL
     k_type: tl.constexpr = query.dtype.element_ty if K_TAIL else K_TYPE
     v_type: tl.constexpr = query.dtype.element_ty if V_TAIL else V_TYPE
-    queries = _queries(query, row, QUERIES, HEIGHT, K_SIZE, K_TILES, K_PARTS, K_RUN, K_WIDTH, k_type)
+    scale = scaling * LOG2E * (2 / softcap if CAPPED else 1.0)
+    if k_folded:
+        queries = _woven_queries(query, row, scale, QUERIES, HEIGHT, K_SIZE, K_TILES, K_PARTS, K_RUN)
+    elif K_FOLDED:
+        queries = _queries(query, row, QUERIES, HEIGHT, K_SIZE, 1, 1, K_SIZE, K_WIDTH, k_type)
+    else:
+        queries = _queries(query, row, QUERIES, HEIGHT, K_SIZE, K_TILES, K_PARTS, K_RUN, K_WIDTH, k_type)
+    if v_folded:
+        sums = _in_units(sums, False, V_TILES, V_KIND, V_BITS, V_PARTS)
     # Tails are short beside what has settled: their loops should not take shared memory from the others.
     short: tl.constexpr = (K_TAIL and K_KIND != 0) or (V_TAIL and V_KIND != 0)
-    stages: tl.constexpr = 2 if short else STAGES
+    stages: tl.constexpr = 1 if k_folded and v_folded else 2 if short else STAGES
     BLOCK: tl.constexpr = MOST // 2 if short and MOST > 16 else MOST
     # Blocks lie on a grid from entry 0, so that none crosses a unit of the settled format.
     grid = begin // BLOCK * BLOCK
     for base in tl.range(grid, tl.where(begin < end, end, grid), BLOCK, num_stages=stages):
         entries = base + tl.arange(0, BLOCK)
-        key_tiles = numbers(
-            k_segment, head, base - k_shift, entries - k_shift, BLOCK, 0 if K_TAIL else K_KIND, K_BITS, K_GROUP,
-            PAGE if K_TAIL else K_PAGE, K_SIZE, K_TILES, K_PARTS, K_RUN, K_WIDTH, k_type, K_FINE, PACKED, False,
-        )  # fmt: skip
-        logit = tl.zeros([BLOCK, HEIGHT], tl.float32)
-        for i in tl.static_range(K_TILES):
-            logit = tl.dot(key_tiles[i], queries[i], logit, input_precision="ieee")
-        if K_KIND == 3 and not K_TAIL:
-            logit *= _scale(k_segment, head, entries - k_shift, K_PAGE)[:, None]
-        logit = _shaped(logit, scaling, softcap, CAPPED)
+        if v_folded:
+            value = value_codes(v_segment, head, base, BLOCK, V_KIND, V_GROUP, V_PAGE, V_SIZE, V_PARTS, V_RUN)
+        if k_folded:
+            key = key_codes(k_segment, head, base, BLOCK, K_KIND, K_GROUP, K_PAGE, K_SIZE, K_PARTS, K_RUN)
+            logit = _folded_logits(
+                queries, key, k_segment, BLOCK, HEIGHT, K_KIND, K_BITS, K_SIZE, K_PARTS, K_RUN, PACKED
+            )
+        else:
+            cut: tl.constexpr = not K_FOLDED
+            tiles = numbers(
+                k_segment, head, base - k_shift, entries - k_shift, BLOCK, 0 if K_TAIL else K_KIND, K_BITS, K_GROUP,
+                PAGE if K_TAIL else K_PAGE, K_SIZE, K_TILES if cut else 1, K_PARTS if cut else 1,
+                K_RUN if cut else K_SIZE, K_WIDTH, k_type, K_FINE, False,
+            )  # fmt: skip
+            logit = tl.zeros([BLOCK, HEIGHT], tl.float32)
+            for i in tl.static_range(K_TILES if cut else 1):
+                logit = tl.dot(tiles[i], queries[i], logit, input_precision="ieee")
+            logit *= scale
+        if CAPPED:
+            # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is right for infinite exponentials too.
+            logit = (1 - 2 / (tl.exp2(logit) + 1)) * (softcap * LOG2E)
         if COUNTED:
             count = tl.load(counts[0] + slots(counts, head, entries, PAGE))
             logit += tl.log2(tl.maximum(count, 1).to(tl.float32))[:, None]
@@ -228,25 +280,167 @@ def _attend_part(
             line = tl.arange(0, HEIGHT)
             at = logits + (row * QUERIES + line).to(tl.int64)[None, :] * longest + entries[:, None]
             tl.store(at, logit, mask=(line < QUERIES)[None, :] & valid[:, None])
-        higher = tl.maximum(top, tl.max(logit, 0))
+        higher = tl.maximum(top, tl.max(logit, 0) - LIFT)
         weight = tl.exp2(logit - higher[None, :])
         fade = tl.exp2(top - higher)
-        total = total * fade + tl.sum(weight, 0)
+        total = total * fade[None, :] + _in_eights(weight, BLOCK, HEIGHT)
         top = higher
-        value_tiles = numbers(
-            v_segment, head, base - v_shift, entries - v_shift, BLOCK, 0 if V_TAIL else V_KIND, V_BITS, V_GROUP,
-            PAGE if V_TAIL else V_PAGE, V_SIZE, V_TILES, V_PARTS, V_RUN, V_WIDTH, v_type, V_FINE, PACKED, True,
-        )  # fmt: skip
-        if V_KIND == 3:
-            # Lifted, so that small scales do not bring weights below what fp16 has.
-            weight *= LIFT if V_TAIL else _scale(v_segment, head, entries - v_shift, V_PAGE)[:, None] * LIFT
-        weight = weight.to(v_type)
-        added = ()
-        for i in tl.static_range(V_TILES):
-            faded = sums[i] * fade[None, :]
-            added = added + (tl.dot(value_tiles[i], weight, faded, input_precision="ieee"),)
-        sums = added
-    return top, total, sums
+        if v_folded:
+            sums, minima = _folded_sums(
+                sums, minima, weight, fade, value, v_segment, BLOCK, HEIGHT, V_KIND, V_BITS, V_SIZE, V_PARTS, V_RUN,
+                PACKED,
+            )  # fmt: skip
+        else:
+            if V_FOLDED:
+                tiles = _woven_values(v_segment, head, entries - v_shift, PAGE, V_SIZE, V_TILES, V_PARTS, V_RUN)
+            else:
+                tiles = numbers(
+                    v_segment, head, base - v_shift, entries - v_shift, BLOCK, 0 if V_TAIL else V_KIND, V_BITS,
+                    V_GROUP, PAGE if V_TAIL else V_PAGE, V_SIZE, V_TILES, V_PARTS, V_RUN, V_WIDTH, v_type, V_FINE, True,
+                )  # fmt: skip
+            added = ()
+            for i in tl.static_range(V_TILES):
+                faded = sums[i] * fade[None, :]
+                added = added + (tl.dot(tiles[i], weight.to(v_type), faded, input_precision="ieee"),)
+            sums = added
+            if V_FOLDED and V_KIND == 2:
+                faded = ()
+                for i in tl.static_range(V_TILES // 2):
+                    faded = faded + (minima[i] * fade[None, :],)
+                minima = faded
+    if v_folded:
+        sums = _in_units(sums, True, V_TILES, V_KIND, V_BITS, V_PARTS)
+    return top, total, sums, minima
+
+
+@triton.jit
+def _folded_logits(
+    queries,
+    codes,
+    segment,
+    BLOCK: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    KIND: tl.constexpr,
+    BITS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    RUN: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Products of queries and the keys of ``key_codes``, [BLOCK, HEIGHT]."""
+    RUNS: tl.constexpr = SIZE // PARTS // RUN
+    logit = tl.zeros([BLOCK, HEIGHT], tl.float32)
+    lowest = tl.zeros([RUN // 2, HEIGHT], tl.float16)  # queries times minima, which all entries of a unit share
+    for run in tl.static_range(RUNS):
+        tiles = key_tiles(codes[run], KIND, BITS, PACKED)
+        asking = queries[run * 2 * PARTS : (run + 1) * 2 * PARTS]
+        if KIND == 1:
+            raw = codes[RUNS + run * 2 * PARTS : RUNS + (run + 1) * 2 * PARTS]
+            for i in tl.static_range(2 * PARTS):
+                s, m = half_ranges(segment, raw[i], relative(i, BITS, PARTS), PACKED)
+                logit = tl.dot(tiles[i], asking[i] * s[:, None], logit)
+                lowest += asking[i] * m[:, None]
+        else:
+            raw = codes[RUNS + run * PARTS : RUNS + (run + 1) * PARTS]
+            for part in tl.static_range(PARTS):
+                product = tl.dot(tiles[part], asking[part])
+                product = tl.dot(tiles[PARTS + part], asking[PARTS + part], product)
+                s, m = ranges(segment, raw[part], KIND)
+                logit += product * per_entry(s * factor(part, KIND, BITS, PARTS), HEIGHT)
+                if KIND == 2:
+                    whole = tl.sum(asking[part].to(tl.float32) + asking[PARTS + part].to(tl.float32), 0)
+                    logit += per_entry(m, HEIGHT) * whole[None, :]
+    if KIND == 1:
+        ones = tl.full([BLOCK, RUN // 2], 1.0, tl.float16)
+        logit = tl.dot(ones, lowest, logit * factor(0, KIND, BITS, PARTS))
+    return logit
+
+
+@triton.jit
+def _folded_sums(
+    sums,
+    minima,
+    weight,
+    fade,
+    codes,
+    segment,
+    BLOCK: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    KIND: tl.constexpr,
+    BITS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    RUN: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """``sums``, in the units of ``_in_units``, and ``minima`` with what the values of ``value_codes`` add: of each run
+    and part the sums of weights times minima, not yet added up over eight groups of entries."""
+    RUNS: tl.constexpr = SIZE // PARTS // RUN
+    added = ()
+    more = ()
+    for run in tl.static_range(RUNS):
+        tiles = value_tiles(codes[run], KIND, BITS, PACKED)
+        before = sums[run * 2 * PARTS : (run + 1) * 2 * PARTS]
+        if KIND == 1:
+            raw = codes[RUNS + run * 2 * PARTS : RUNS + (run + 1) * 2 * PARTS]
+            for i in tl.static_range(2 * PARTS):
+                s, m = ranges(segment, raw[i], KIND)
+                product = tl.dot(tiles[i], weight.to(tl.float16))
+                whole = tl.sum(weight, 0) / factor(i, KIND, BITS, PARTS)
+                added = added + (before[i] * fade[None, :] + product * s[:, None] + m[:, None] * whole[None, :],)
+        else:
+            raw = codes[RUNS + run * PARTS : RUNS + (run + 1) * PARTS]
+            weights = ()
+            for part in tl.static_range(PARTS):
+                s, m = ranges(segment, raw[part], KIND)
+                weights = weights + ((weight * per_entry(s, HEIGHT)).to(tl.float16),)
+                if KIND == 2:
+                    least = _in_eights(weight * per_entry(m, HEIGHT), BLOCK, HEIGHT)
+                    more = more + (minima[run * PARTS + part] * fade[None, :] + least,)
+            for i in tl.static_range(2 * PARTS):
+                added = added + (tl.dot(tiles[i], weights[i % PARTS], before[i] * fade[None, :]),)
+    if KIND == 2:
+        minima = more
+    return added, minima
+
+
+@triton.jit
+def _in_eights(x, BLOCK: tl.constexpr, HEIGHT: tl.constexpr):
+    """[BLOCK, HEIGHT] added up over groups of eight lines, which takes one thread no other: [8, HEIGHT]."""
+    return tl.sum(x.reshape(BLOCK // 8, 8, HEIGHT), 0)
+
+
+@triton.jit
+def _in_units(
+    sums, BACK: tl.constexpr, TILES: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr
+):
+    """Sums in the units in which products with codes are added up, or back."""
+    scaled = ()
+    for i in tl.static_range(TILES):
+        if BACK:
+            scaled = scaled + (sums[i] * factor(i, KIND, BITS, PARTS),)
+        else:
+            scaled = scaled + (sums[i] * (1 / factor(i, KIND, BITS, PARTS)),)
+    return scaled
+
+
+@triton.jit
+def _woven_values(
+    segment,
+    head,
+    entries,
+    PAGE: tl.constexpr,
+    SIZE: tl.constexpr,
+    TILES: tl.constexpr,
+    PARTS: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """Values that are kept as they are, in the order of tiles of codes."""
+    row = segment[0] + slots(segment, head, entries, PAGE)[None, :] * SIZE
+    tiles = ()
+    for i in tl.static_range(TILES):
+        tiles = tiles + (tl.load(row + value_channels(i, SIZE, PARTS, RUN)[:, None]),)
+    return tiles
 
 
 @triton.jit
@@ -274,19 +468,24 @@ def _queries(
 
 
 @triton.jit
-def _scale(segment, head, entries, PAGE: tl.constexpr):
-    """The scales of entries, [BLOCK] in fp32, of a format with one for each."""
-    return tl.load(segment[1] + slots(segment, head, entries, PAGE)).to(tl.float32)
-
-
-@triton.jit
-def _shaped(logit, scaling, softcap, CAPPED: tl.constexpr):
-    """Products of queries and keys as logits in base 2."""
-    if CAPPED:
-        # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is right for infinite exponentials too.
-        twice = logit * (2 * LOG2E * scaling / softcap)
-        return (1 - 2 / (tl.exp2(twice) + 1)) * (softcap * LOG2E)
-    return logit * (scaling * LOG2E)
+def _woven_queries(
+    query,
+    row,
+    scale,
+    QUERIES: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    SIZE: tl.constexpr,
+    TILES: tl.constexpr,
+    PARTS: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """The row's queries times ``scale`` in the order of tiles of codes: [RUN / 2, HEIGHT] each, in fp16."""
+    line = tl.arange(0, HEIGHT)
+    tiles = ()
+    for i in tl.static_range(TILES):
+        at = query + (row * QUERIES + line)[None, :] * SIZE + key_channels(i, SIZE, PARTS, RUN)[:, None]
+        tiles = tiles + ((tl.load(at, mask=(line < QUERIES)[None, :], other=0) * scale).to(tl.float16),)
+    return tiles
 
 
 @triton.jit(do_not_specialize=["first", "rows", "chunk", "heads"])

@@ -57,7 +57,6 @@ def numbers(
     WIDTH: tl.constexpr,
     TYPE: tl.constexpr,
     FINE: tl.constexpr,
-    PACKED: tl.constexpr,
     ACROSS: tl.constexpr,
 ):
     """The TILES tiles of ``entries`` (``base`` + 0 … BLOCK) of a head, in TYPE. Where the head has no such entry they
@@ -76,9 +75,11 @@ def numbers(
         slot = block_slots(segment, head, base, entries, BLOCK, PAGE)
         row = _entries(slot, ACROSS)
         if KIND == 3:
+            scale = tl.load(ranges + slot)
             for i in tl.static_range(TILES):
                 codes = _load(x + row * SIZE + i * RUN, channel, RUN, WIDTH)
-                tiles = tiles + (_float8(codes, TYPE, PACKED, not ACROSS),)
+                number = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * _entries(scale, ACROSS)
+                tiles = tiles + (number.to(TYPE),)
         else:
             for run in tl.static_range(TILES // PARTS):
                 if BITS == 3:
@@ -95,24 +96,21 @@ def numbers(
                 for part in tl.static_range(PARTS):
                     first = first_channel(run * PARTS + part, PARTS, RUN, SIZE)
                     if FINE and KIND == 1:
-                        s, m = _range(ranges, row // GROUP * SIZE + first + channel, channel < RUN, PACKED)
+                        s, m = _range(ranges, row // GROUP * SIZE + first + channel, channel < RUN)
                     elif FINE:
-                        s, m = _range(ranges, row * (SIZE // GROUP) + (first + channel) // GROUP, channel < RUN, PACKED)
+                        s, m = _range(ranges, row * (SIZE // GROUP) + (first + channel) // GROUP, channel < RUN)
                     elif KIND == 1:
                         unit = slots(segment, head, base, PAGE) // GROUP
-                        s, m = _range(ranges, unit * SIZE + first + channel, channel < RUN, PACKED)
+                        s, m = _range(ranges, unit * SIZE + first + channel, channel < RUN)
                     else:
-                        s, m = _range(ranges, slot * (SIZE // GROUP) + first // GROUP, slot >= 0, PACKED)
+                        s, m = _range(ranges, slot * (SIZE // GROUP) + first // GROUP, slot >= 0)
                         s, m = _entries(s, ACROSS), _entries(m, ACROSS)
                     scales = scales + (s,)
                     minima = minima + (m,)
-                if PACKED and BITS != 3:
-                    tiles = tiles + _packed(codes, scales, minima, BITS, TYPE, not ACROSS)
-                else:
-                    for part in tl.static_range(PARTS):
-                        code = codes if BITS == 3 else (codes >> (BITS * part)) & ((1 << BITS) - 1)
-                        number = code.to(tl.float32) * scales[part].to(tl.float32) + minima[part].to(tl.float32)
-                        tiles = tiles + (number.to(TYPE),)
+                for part in tl.static_range(PARTS):
+                    code = codes if BITS == 3 else (codes >> (BITS * part)) & ((1 << BITS) - 1)
+                    number = code.to(tl.float32) * scales[part].to(tl.float32) + minima[part].to(tl.float32)
+                    tiles = tiles + (number.to(TYPE),)
     return tiles
 
 
@@ -136,91 +134,15 @@ def _load(at, channel, RUN: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _range(ranges, index, there, PACKED: tl.constexpr):
+def _range(ranges, index, there):
     """Scales and minima at ``index``. Those of two bytes are loaded together: loads of less than four bytes cannot be
     under way in the background."""
     number = ranges.dtype.element_ty
     if number.primitive_bitwidth == 16:
         pair = tl.load(ranges.to(tl.pointer_type(tl.uint32)) + index, mask=there, other=0)
-        if PACKED:
-            # Two pairs to two scales and two minima, each two in one register.
-            code: tl.constexpr = "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;"
-            return tl.inline_asm_elementwise(code, "=r,=r,r,r", [pair], (number, number), True, 2)
         scale = pair.to(tl.uint16).to(number, bitcast=True)
         minimum = (pair >> 16).to(tl.uint16).to(number, bitcast=True)
     else:
         scale = tl.load(ranges + 2 * index, mask=there, other=0)
         minimum = tl.load(ranges + 2 * index + 1, mask=there, other=0)
     return scale, minimum
-
-
-# Codes to 16-bit numbers, two at a time. A code in the last bits of the mantissa of a power of two (128 in bf16, 1024
-# in fp16) is that number plus the code; what is left when it is subtracted, the code, is exact. One multiplication
-# and addition then give code * scale + minimum, rounded once.
-
-
-@triton.constexpr_function
-def _assembly(bits, dtype):
-    """Code that makes numbers of four bytes of codes, and the constraints of its operands: of each part of a byte two
-    registers of numbers; the codes; of each part two registers of scales and two of minima."""
-    half = dtype == tl.float16
-    kind, power, minus = ("f16x2", "0x64646464", "0xE400E400") if half else ("bf16x2", "0x43434343", "0xC300C300")
-    parts = 8 // bits
-    mask = "0x" + 4 * f"{2**bits - 1:02X}"
-    lines = [".reg .b32 w, a, b, one, minus;", f"mov.b32 one, {'0x3C003C00' if half else '0x3F803F80'};"]
-    lines.append(f"mov.b32 minus, {minus};")
-    for part in range(parts):
-        scale = 2 * parts + 1 + 4 * part
-        lines.append(f"shr.b32 w, ${2 * parts}, {bits * part};" if part else f"mov.b32 w, ${2 * parts};")
-        if bits < 8:
-            lines.append(f"and.b32 w, w, {mask};")
-        lines += [f"prmt.b32 a, w, {power}, 0x4140;", f"prmt.b32 b, w, {power}, 0x4342;"]
-        for half_word, x in enumerate("ab"):
-            # A multiplication by one, because bf16 has an addition of its own on the newest devices only.
-            lines.append(f"fma.rn.{kind} {x}, {x}, one, minus;")
-            operands = f"${scale + half_word}, ${scale + 2 + half_word}"
-            lines.append(f"fma.rn.{kind} ${2 * part + half_word}, {x}, {operands};")
-    return "{\n" + "\n".join(lines) + "\n}", ",".join(["=r"] * (2 * parts) + ["r"] * (1 + 4 * parts))
-
-
-@triton.jit
-def _packed(codes, scales, minima, BITS: tl.constexpr, TYPE: tl.constexpr, PURE: tl.constexpr):
-    """The numbers of all parts of ``codes`` (uint8)."""
-    # A tile that is multiplied along its entries must be transposed, which costs less once it is decoded: assembly that
-    # is not called pure stays where it is, before that.
-    assembly: tl.constexpr = _assembly(BITS, TYPE)
-    code: tl.constexpr = assembly[0]
-    operands: tl.constexpr = assembly[1]
-    if BITS == 8:
-        s, m = _wide(scales[0], codes, TYPE), _wide(minima[0], codes, TYPE)
-        return (tl.inline_asm_elementwise(code, operands, [codes, s, m], s.dtype, PURE, 4),)
-    elif BITS == 4:
-        s0, m0 = _wide(scales[0], codes, TYPE), _wide(minima[0], codes, TYPE)
-        s1, m1 = _wide(scales[1], codes, TYPE), _wide(minima[1], codes, TYPE)
-        return tl.inline_asm_elementwise(code, operands, [codes, s0, m0, s1, m1], (s0.dtype, s0.dtype), PURE, 4)
-    else:
-        s0, m0 = _wide(scales[0], codes, TYPE), _wide(minima[0], codes, TYPE)
-        s1, m1 = _wide(scales[1], codes, TYPE), _wide(minima[1], codes, TYPE)
-        s2, m2 = _wide(scales[2], codes, TYPE), _wide(minima[2], codes, TYPE)
-        s3, m3 = _wide(scales[3], codes, TYPE), _wide(minima[3], codes, TYPE)
-        inputs = [codes, s0, m0, s1, m1, s2, m2, s3, m3]
-        return tl.inline_asm_elementwise(code, operands, inputs, (s0.dtype, s0.dtype, s0.dtype, s0.dtype), PURE, 4)
-
-
-@triton.jit
-def _float8(codes, TYPE: tl.constexpr, PACKED: tl.constexpr, PURE: tl.constexpr):
-    """The numbers of e4m3 codes (uint8), which fp16 has all."""
-    if PACKED:
-        code: tl.constexpr = """{
-            .reg .b16 a, b;
-            mov.b32 {a, b}, $2;
-            cvt.rn.f16x2.e4m3x2 $0, a;
-            cvt.rn.f16x2.e4m3x2 $1, b;
-        }"""
-        return tl.inline_asm_elementwise(code, "=r,=r,r", [codes], tl.float16, PURE, 4)
-    return codes.to(tl.float8e4nv, bitcast=True).to(TYPE)
-
-
-@triton.jit
-def _wide(x, like, TYPE: tl.constexpr):
-    return tl.broadcast_to(x.to(TYPE), like.shape)
