@@ -134,14 +134,14 @@ def attend_split(
     if not V_FOLDED and V_RUN < V_WIDTH:
         there = there & (place < V_RUN)[:, None]
     for i in tl.static_range(V_TILES):
-        out = sums[i]
+        least = tl.zeros([HEIGHT], tl.float32)
         if V_FOLDED and V_KIND == 2:
-            out += tl.sum(minima[i // (2 * V_PARTS) * V_PARTS + i % V_PARTS], 0)[None, :]
+            least = tl.sum(minima[i // (2 * V_PARTS) * V_PARTS + i % V_PARTS], 0)
         if V_FOLDED:
             channel = value_channels(i, V_SIZE, V_PARTS, V_RUN)
         else:
             channel = first_channel(i, V_PARTS, V_RUN, V_SIZE) + place
-        tl.store(partial + at[None, :] * V_SIZE + channel[:, None], out, mask=there)
+        tl.store(partial + at[None, :] * V_SIZE + channel[:, None], sums[i] + least[None, :], mask=there)
 
 
 @triton.jit
