@@ -377,7 +377,8 @@ class LayerGroup:
         state = torch.stack([t[heads] for t in (self.store.lengths, self._per_head(step.after), capacity)])
         columns = self.store.read_columns(heads)
         columns["position"] = columns["position"].masked_fill(~self._within(heads), -1)
-        victims = eviction.victims(columns, *sent(state, self.arena.device), int(leaving.max()))
+        lengths, seen, capacities = sent(state, self.arena.device)
+        victims = eviction.victims(columns, lengths, seen, capacities, int(leaving.max()))
         self.store.drop(heads, victims, leaving)
 
     def _merge(self, merging: Merging, heads: Tensor, after: Tensor, leaving: Tensor) -> None:

@@ -307,9 +307,9 @@ class Segment:
     def take(self, heads: slice | Tensor, index: Tensor, counts: Tensor, ordered: bool = False) -> None:
         """Keeps tokens ``index`` (int64 [R, m] on the device, distinct, the first ``counts`` of each row valid).
 
-        Formats whose unit is one token are moved bit by bit, and in place where they are ``ordered``, that is ascending.
-        Where tokens share scales, units that stay whole and in order are moved bit by bit too, and the others are
-        encoded anew.
+        Formats whose unit is one token are moved bit by bit, by kernels in place where they are ``ordered``, that is
+        ascending. Where tokens share scales, units that stay whole and in order are moved bit by bit too, and the
+        others are encoded anew.
         """
         if not int(counts.max()):
             self.free(heads)
@@ -634,8 +634,8 @@ def within(counts: Tensor, longest: int, device: torch.device) -> Tensor:
 
 
 def refills(lengths: Tensor, victims: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """How the last of ``lengths`` tokens fill the holes of those that leave: the first ``counts`` (both int64 [R] on the
-    host) of ``victims`` (int64 [R, e], distinct in a row).
+    """How the last of ``lengths`` tokens fill the holes of those that leave: the first ``counts`` (both int64 [R] on
+    the host) of ``victims`` (int64 [R, e], distinct in a row).
 
     Gives which tokens move and where to, int64 [R, e] each, -1: none. A head costs as many moves as tokens leave at
     most, whatever its length; the order changes.

@@ -289,9 +289,9 @@ class Side:
     @property
     def _encodes(self) -> bool:
         """Whether a kernel encodes what is in the tail."""
-        if self.settled is None or type(fmt := self.settled.format) not in (Int, Float8):
+        if self.settled is None or not isinstance(fmt := self.settled.format, Int | Float8):
             return False
-        alike = type(self.tail.format) is Dense and self.tail.format.layout["x"] == ((fmt.size,), fmt.dtype)
+        alike = self.tail.format.layout == Dense(fmt.size, fmt.dtype).layout
         return alike and self.tail.by_kernels and self.settled.by_kernels
 
     def _encode_front(self, heads: slice | Tensor, counts: Tensor) -> None:
@@ -499,7 +499,7 @@ class Store:
             return
         self._require_changes(heads)
         whole = self._in_whole_units(heads, mask)
-        index = _placed(mask, whole, int(counts.max()))
+        index = _places(mask, whole, int(counts.max()))
         self.keys.take(heads, index, counts, whole is None)
         self.values.take(heads, index, counts, whole is None)
         if self.columns:
@@ -596,8 +596,8 @@ class Store:
         return [self.keys.tail, self.values.tail, *([self.columns] if self.columns else [])]
 
     def _in_whole_units(self, heads: slice | Tensor, mask: Tensor) -> Tensor | None:
-        """Entries whose whole unit stays and is settled on both sides: kept first, they need no new encoding. None where
-        every entry is a unit."""
+        """Entries whose whole unit stays and is settled on both sides: kept first, they need no new encoding. None
+        where every entry is a unit."""
         settled = [side.settled for side in (self.keys, self.values) if side.settled]
         unit = max((segment.unit for segment in settled), default=1)
         if unit == 1:
@@ -611,16 +611,16 @@ class Store:
         return full
 
 
-def _placed(mask: Tensor, first: Tensor | None, longest: int) -> Tensor:
-    """Where ``mask`` (bool [R, n]) is true, ascending, those in ``first`` (a part of it) before the others: int64 [R,
-    ``longest``], with any places beyond."""
+def _places(mask: Tensor, first: Tensor | None, longest: int) -> Tensor:
+    """The first ``longest`` places where ``mask`` (bool [R, n]) is true, ascending, those in ``first`` (a part of it)
+    before the others: int64 [R, ``longest``], any places where there are fewer."""
     place = mask.cumsum(1)
     if first is not None:
         before = first.cumsum(1)
         place = torch.where(first, before, before[:, -1:] + place - before)
     index = place.new_zeros((mask.shape[0], longest + 1))
     every = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    return index.scatter_(1, torch.where(mask, place, 0), every)[:, 1:]
+    return index.scatter_(1, torch.where(mask & (place <= longest), place, 0), every)[:, 1:]
 
 
 def by_pool(needed: list[tuple[Segment, int]]) -> dict[Pool, int]:

@@ -1,4 +1,4 @@
-"""Dense tokens as they lie in their pages to codes and scales in other pages, bit by bit as ``Format.encode`` makes them.
+"""Dense tokens in their pages to codes and scales in other pages, bit by bit as ``Format.encode`` makes them.
 
 ``plan`` (int32 [4, R]): each head's number in the page tables; the place of its first token from the first slot of its
 first dense page; the place in units of the first one that is written; how many units. Products must not become one

@@ -96,8 +96,8 @@ def _compact(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Some words of all rows of a head. They move forward only, and in order: what is read in a round or later ones lies
-    where no earlier round has written, so a barrier within each round is enough."""
+    """Some words of all rows of a head. They move forward only, and in order: what a round reads lies where no earlier
+    one has written, so a barrier within each round is enough."""
     head = tl.program_id(0).to(tl.int64)
     number, start, count = tl.load(plan + head), tl.load(plan + heads + head), tl.load(plan + 2 * heads + head)
     word = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -127,8 +127,8 @@ def write(tensors: Rows, rows: Rows, mirror: Mirror, plan: Tensor, most: int) ->
 
 
 def move(tensors: Rows, source: Tensor, target: Tensor, mirror: Mirror, plan: Tensor) -> None:
-    """Moves tokens ``source`` of each head to where ``target`` lie, int64 [R, m] each, -1: none. None is both. ``plan``:
-    numbers and starts."""
+    """Moves tokens ``source`` of each head to where ``target`` lie, int64 [R, m] each, -1: none; no token is in both.
+    ``plan``: numbers and starts."""
     for x in tensors.values():
         pool, moves = _words(x), source.shape[1]
         shape = _shape(pool, moves)
@@ -137,13 +137,14 @@ def move(tensors: Rows, source: Tensor, target: Tensor, mirror: Mirror, plan: Te
 
 
 def compact(tensors: Rows, index: Tensor, mirror: Mirror, plan: Tensor) -> None:
-    """Moves tokens ``index`` (int64 [R, m], ascending, the first ``counts`` of each row) of each head to its first slots,
-    in that order. ``plan``: numbers, starts and ``counts``."""
+    """Moves tokens ``index`` (int64 [R, m], ascending, the first ``counts`` of each row) of each head to its first
+    slots, in that order. ``plan``: numbers, starts and ``counts``."""
     index = index.contiguous()
     for x in tensors.values():
         pool = _words(x)
         words = pool.shape[1]
-        # Parts of rows that are too narrow would not fill what memory reads at once; each is a program.
+        # Few long heads would leave processors without work: parts of rows are moved side by side, each wide enough for
+        # what memory reads at once.
         width = min(triton.next_power_of_2(words), 32)
         grid = (plan.shape[1], triton.cdiv(words, width))
         shape = {"WORDS": words, "WIDTH": width, "BLOCK": min(256, 8192 // width)}
