@@ -152,9 +152,10 @@ def compact(tensors: Rows, index: Tensor, mirror: Mirror, plan: Tensor) -> None:
 
 
 def _words(x: Tensor) -> Tensor:
-    """Rows [a, b, *shape] as words, [a * b, words]."""
+    """Rows [a, b, *shape], contiguous, as words, [a * b, words]."""
     flat = x.reshape(x.shape[0] * x.shape[1], -1).view(torch.uint8)
-    size = gcd(flat.shape[1], flat.storage_offset() or 4, 4)
+    size = gcd(flat.shape[1], 4)
+    flat = flat.clone() if flat.storage_offset() % size else flat
     return flat if size == 1 else flat.view({2: torch.int16, 4: torch.int32}[size])
 
 
