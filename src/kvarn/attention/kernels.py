@@ -1,16 +1,13 @@
 """Decoding steps on a GPU: what the Triton kernels serve. Everything else takes the reference path."""
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from ..memory import Store
+from ..memory.kernels import can_run
 from .reference import Paid, Variant
 
 DEVICES = {"cuda"}  # tests add "cpu", where Triton interprets its kernels
-_LEAST_CAPABILITY = (8, 0)
 
 
 def decode(
@@ -45,11 +42,4 @@ def reads(store: Store, queries: int | None = None) -> bool:
 
 
 def _serves(device: torch.device) -> bool:
-    if device.type not in DEVICES or not _has_triton():
-        return False
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return device.type in DEVICES and can_run(device)

@@ -20,7 +20,8 @@ class Float8(Format):
         self.layout = {"codes": ((size,), torch.uint8), "scale": ((), torch.float32)}
 
     def encode(self, x: Tensor) -> Rows:
-        scale = x.abs().amax(-1).float() / LARGEST
+        # A tensor there: by a number torch multiplies with its inverse on CUDA, which rounds otherwise than a division.
+        scale = x.abs().amax(-1).float() / torch.full((), LARGEST, dtype=torch.float32, device=x.device)
         codes = torch.where(scale[..., None] > 0, x.float() / scale[..., None], 0).to(torch.float8_e4m3fn)
         return {"codes": codes.view(torch.uint8), "scale": scale}
 

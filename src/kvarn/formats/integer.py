@@ -49,7 +49,9 @@ class Int(Format):
         groups = self._grouped(x).float()
         dim = self._group_dim
         minimum, maximum = groups.amin(dim) * self.clip, groups.amax(dim) * self.clip
-        scale = ((maximum - minimum) / (2**self.bits - 1)).to(self.dtype)
+        # A tensor there: by a number torch multiplies with its inverse on CUDA, which rounds otherwise than a division.
+        levels = torch.full((), 2**self.bits - 1, dtype=torch.float32, device=x.device)
+        scale = ((maximum - minimum) / levels).to(self.dtype)
         minimum = minimum.to(self.dtype)
         # The stored (rounded) scale decides the codes; a constant group has scale 0 and codes 0.
         step = scale.float().unsqueeze(dim)

@@ -373,12 +373,13 @@ class LayerGroup:
         if isinstance(eviction, Merging):
             self._merge(eviction, heads, step.after, eviction.leaving(capacity[heads]))
             return
-        device = self.arena.device
-        state = (self.store.lengths, self._per_head(step.after), capacity)
+        leaving = eviction.leaving(capacity[heads])
+        state = torch.stack([t[heads] for t in (self.store.lengths, self._per_head(step.after), capacity)])
         columns = self.store.read_columns(heads)
         columns["position"] = columns["position"].masked_fill(~self._within(heads), -1)
-        victims = eviction.victims(columns, *(t[heads].to(device) for t in state))
-        self.store.drop(heads, victims, eviction.leaving(capacity[heads]))
+        lengths, seen, capacities = sent(state, self.arena.device)
+        victims = eviction.victims(columns, lengths, seen, capacities, int(leaving.max()))
+        self.store.drop(heads, victims, leaving)
 
     def _merge(self, merging: Merging, heads: Tensor, after: Tensor, leaving: Tensor) -> None:
         """Merges away ``leaving`` (int64 [R], above 0) entries of each of ``heads``, layer by layer; ``after`` (int64
@@ -696,7 +697,8 @@ class LayerGroup:
     def _within(self, heads: slice | Tensor) -> Tensor:
         """``_held`` head by head: bool [R, n]."""
         lengths = self.store.lengths[heads]
-        return (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.arena.device)
+        held = torch.arange(int(lengths.max()), device=self.arena.device)
+        return held < sent(lengths, self.arena.device)[:, None]
 
     def _before(self, number: int) -> Tensor:
         """The store's heads of layers before ``number``, bool [heads]."""

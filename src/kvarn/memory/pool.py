@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import OutOfMemory
 from ..formats import Format, Rows
+from .transfer import sent
 
 # Bookkeeping per page: its place on the free list and its reference count.
 PAGE_OVERHEAD = 8
@@ -115,7 +116,7 @@ class Pool:
 
     def copy_pages(self, source: Tensor, target: Tensor) -> None:
         """Copies the contents of pages ``source`` to pages ``target`` (int32 or int64 [n] each)."""
-        source, target = source.long().to(self.device), target.long().to(self.device)
+        source, target = (sent(pages.long(), self.device) for pages in (source, target))
         for tensor in self.tensors.values():
             tensor[target] = tensor[source]
 

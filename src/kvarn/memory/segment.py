@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import CacheMismatch
 from ..formats import Format, Rows
+from .kernels import serves
 from .mirror import Mirror
 from .pool import Pool
 from .transfer import sent
@@ -126,9 +127,15 @@ class Segment:
 
     def write(self, heads: slice | Tensor, first: Tensor, rows: Rows, counts: Tensor) -> None:
         """Writes units: ``rows`` are tensors of [R, units, *shape], ``first`` and ``counts`` int64 [R] in tokens."""
-        if not int(counts.max()):
-            return
         units = int(counts.max()) // self.unit
+        if not units:
+            return
+        if self.by_kernels:
+            from .triton.pages import write
+
+            plan = self.planned(heads, (self.starts[heads] + first) // self.unit, counts // self.unit)
+            write(self.pool.tensors, rows, self.mirror(), plan, units)
+            return
         slots = self._slots(heads, first, units * self.unit)[:, :: self.unit] // self.unit
         if bool((counts == counts[0]).all()):
             index = slots.flatten().to(self.pool.device)
@@ -211,7 +218,7 @@ class Segment:
         """Units ``index`` (int64 [R, u] on the device; the last one of a head stands for those beyond it) alone:
         tensors of [R, u, *shape]."""
         index = self._within(heads, index, self.unit).to(self.pool.device)
-        place = (self.starts[heads] // self.unit).to(index.device)[:, None] + index
+        place = sent(self.starts[heads] // self.unit, index.device)[:, None] + index
         pages = self._pages(heads, self._reach(heads)).view(index.shape[0], -1)
         slots = pages.gather(1, place // self.pool.units) * self.pool.units + place % self.pool.units
         rows = {name: self.pool.selected(name, slots.flatten()) for name in names or self.pool.tensors}
@@ -223,7 +230,7 @@ class Segment:
         place = self.starts[heads] + tokens
         page = self.table[heads, place // self.pool.page_size].long()
         slots = page * self.pool.page_size + place % self.pool.page_size
-        return self.pool.selected("x", (slots * of + parts).to(self.pool.device), parts=of)
+        return self.pool.selected("x", sent(slots * of + parts, self.pool.device), parts=of)
 
     def decode_at(self, heads: slice | Tensor, index: Tensor) -> Tensor:
         """Tokens ``index`` (int64 [R, m] on the device, as in ``read_at``) as vectors [R, m, size]. Only their units
@@ -244,10 +251,9 @@ class Segment:
     def observe(self, heads: slice | Tensor, x: Tensor, counts: Tensor, queries: Tensor, marked: Tensor) -> None:
         """Makes the state of heads that are empty: what they will hold is encoded by it (see ``Format.observe`` and
         ``Format.exempt``)."""
-        held = torch.arange(x.shape[1]) < counts[:, None]
         queries = queries[:, :, max(queries.shape[2] - self.format.watched, 0) :]
-        empty = (self.lengths[heads] == 0).to(x.device)
-        state = self.format.observe(x, held.to(x.device), queries) | self.format.exempt(x, marked)
+        empty = sent(self.lengths[heads] == 0, x.device)
+        state = self.format.observe(x, within(counts, x.shape[1], x.device), queries) | self.format.exempt(x, marked)
         for name, new in state.items():
             old = self.state[name]
             old[heads] = torch.where(empty.view(-1, *[1] * (new.dim() - 1)), new, old[heads])
@@ -256,8 +262,9 @@ class Segment:
         """The format, bound to the states of these heads and to what their layers share."""
         if not (self.state or self._shared):
             return self.format
-        shared = {name: tensor[self._row_shared[heads]] for name, tensor in self._shared.items()}
-        return self.format.given({name: state[heads] for name, state in self.state.items()} | shared)
+        at = heads if isinstance(heads, slice) else sent(heads, self.pool.arena.device)
+        shared = {name: tensor[self._row_shared[at]] for name, tensor in self._shared.items()}
+        return self.format.given({name: state[at] for name, state in self.state.items()} | shared)
 
     def pages_to_grow(self, heads: slice | Tensor) -> int:
         """The most pages that ``grow`` can allocate."""
@@ -268,7 +275,7 @@ class Segment:
         grows up to date with them, and encodes anew what lies in heads whose state has changed."""
         if not self.format.grows:
             return
-        held = (torch.arange(x.shape[1]) < counts[:, None]).to(x.device)
+        held = within(counts, x.shape[1], x.device)
         old = {name: state[heads] for name, state in self.state.items()}
         new = self.format.grown(old, x, held)
         changed = torch.stack([(new[name] != old[name]).flatten(1).any(1) for name in new]).any(0).cpu()
@@ -297,17 +304,23 @@ class Segment:
         self.extend(heads, counts - self.lengths[heads])
         self.write(heads, torch.zeros_like(counts), rows, counts)
 
-    def take(self, heads: slice | Tensor, index: Tensor, counts: Tensor) -> None:
-        """Keeps tokens ``index`` (int64 [R, m] on the device, any order, the first ``counts`` of each row valid).
+    def take(self, heads: slice | Tensor, index: Tensor, counts: Tensor, ordered: bool = False) -> None:
+        """Keeps tokens ``index`` (int64 [R, m] on the device, distinct, the first ``counts`` of each row valid).
 
-        Formats whose unit is one token are moved bit by bit. Where tokens share scales, units that stay whole and in
-        order are moved bit by bit too, and the others are encoded anew.
+        Formats whose unit is one token are moved bit by bit, by kernels in place where they are ``ordered``, that is
+        ascending. Where tokens share scales, units that stay whole and in order are moved bit by bit too, and the
+        others are encoded anew.
         """
-        old = self.read(heads)
-        if self.unit == 1:
-            self.rewrite(heads, {name: pick(t, index) for name, t in old.items()}, counts)
+        if not int(counts.max()):
+            self.free(heads)
             return
-        fmt = self.format_of(heads)
+        if self.unit == 1:
+            if ordered and self.by_kernels:
+                self._compact(heads, index, counts)
+            else:
+                self.rewrite(heads, self.read_at(heads, index), counts)
+            return
+        old, fmt = self.read(heads), self.format_of(heads)
         new = fmt.encode(pick(fmt.decode(old), index))
         groups = index.unflatten(1, (-1, self.unit))
         whole = groups[..., :1] // self.unit * self.unit + torch.arange(self.unit, device=index.device)
@@ -316,30 +329,17 @@ class Segment:
         rows = {name: torch.where(_expand(same, t), pick(old[name], source), t) for name, t in new.items()}
         self.rewrite(heads, rows, counts)
 
-    def drop(self, heads: slice | Tensor, victims: Tensor) -> None:
-        """Removes tokens ``victims`` (int64 [R, e] on the device, distinct in each row) of unit-1 rows in place.
+    def drop(self, heads: slice | Tensor, counts: Tensor, source: Tensor, target: Tensor) -> None:
+        """Removes ``counts`` tokens (int64 [R]) of each head, unit-1 rows, in place: ``source`` are those of the last
+        ones that stay and ``target`` the holes that they move into, as ``refills`` gives them."""
+        self._own_tokens(heads, target)
+        if self.by_kernels:
+            from .triton.pages import move
 
-        The last tokens move into the holes, so a head costs e moves whatever its length; the order changes.
-        """
-        count = victims.shape[1]
-        left = (self.lengths[heads] - count).to(victims.device)[:, None]
-        tail = left + torch.arange(count, device=victims.device)
-        stays = (tail[:, :, None] != victims[:, None, :]).all(-1)
-        moved = torch.where(stays, tail, -1).sort(1, descending=True).values
-        holes = torch.where(victims < left, victims, -1).sort(1, descending=True).values
-        valid = moved >= 0
-        self._own_tokens(heads, holes)
-        heads_of = torch.arange(victims.shape[0], device=victims.device)[:, None].expand_as(victims)[valid]
-        pages = self._pages(heads, self._reach(heads)).view(victims.shape[0], -1)
-        starts = self.starts[heads].to(victims.device)[heads_of]
-        source, target = (
-            pages[heads_of, place // self.pool.page_size] * self.pool.page_size + place % self.pool.page_size
-            for place in (starts + moved[valid], starts + holes[valid])
-        )
-        for tensor in self.pool.tensors.values():
-            flat = tensor.flatten(0, 1)
-            flat[target] = flat[source]
-        remaining = self.lengths[heads] - count
+            move(self.pool.tensors, source, target, self.mirror(), self.planned(heads, self.starts[heads]))
+        else:
+            self._move(heads, source, target)
+        remaining = self.lengths[heads] - counts
         self._free_beyond(heads, torch.where(remaining > 0, self._pages_of(self.starts[heads] + remaining), 0))
         self.starts[heads] = torch.where(remaining > 0, self.starts[heads], 0)
         self._resize(heads, remaining)
@@ -376,7 +376,7 @@ class Segment:
         self._own(heads)
         first, longest = self.span(heads)
         lengths = self.lengths[heads]
-        if first is None or not bool((lengths == longest).all()):
+        if self.by_kernels or first is None or not bool((lengths == longest).all()):
             self.write(heads, torch.zeros_like(lengths), rows, lengths)
             return
         # Heads that are alike write whole pages, whose ids are on the device already; nothing else lies in them.
@@ -452,11 +452,47 @@ class Segment:
         self.starts[heads] = 0
         self._resize(heads, torch.zeros_like(self.lengths[heads]))
 
+    # -- kernels ------------------------------------------------------------------------------------------------
+
+    @property
+    def by_kernels(self) -> bool:
+        """Whether kernels read and write these pages, and find them in the mirror."""
+        return self.pool.tier == "device" and serves(self.pool.device)
+
+    def planned(self, heads: slice | Tensor, *numbers: Tensor) -> Tensor:
+        """What kernels must know of these heads: their ids, then ``numbers`` (int64 [R] each), int32 [n, R] on the
+        device."""
+        return sent(torch.stack([self.ids(heads), *numbers]).int(), self.pool.device)
+
     # -- inside -------------------------------------------------------------------------------------------------
+
+    def _compact(self, heads: slice | Tensor, index: Tensor, counts: Tensor) -> None:
+        """``take`` of ascending tokens, in place."""
+        from .triton.pages import compact
+
+        self._own(heads)
+        compact(self.pool.tensors, index, self.mirror(), self.planned(heads, self.starts[heads], counts))
+        self._free_beyond(heads, self._pages_of(counts))
+        self.starts[heads] = 0
+        self._resize(heads, counts)
+
+    def _move(self, heads: slice | Tensor, source: Tensor, target: Tensor) -> None:
+        """Copies tokens ``source`` of each head to where ``target`` lie (int64 [R, m] each, -1: none)."""
+        valid = source >= 0
+        rows = torch.arange(source.shape[0], device=source.device)[:, None].expand_as(source)[valid]
+        pages = self._pages(heads, self._reach(heads)).view(source.shape[0], -1)
+        starts = sent(self.starts[heads], source.device)[rows]
+        old, new = (
+            pages[rows, place // self.pool.page_size] * self.pool.page_size + place % self.pool.page_size
+            for place in (starts + source[valid], starts + target[valid])
+        )
+        for tensor in self.pool.tensors.values():
+            flat = tensor.flatten(0, 1)
+            flat[new] = flat[old]
 
     def _within(self, heads: slice | Tensor, index: Tensor, unit: int) -> Tensor:
         """Places in units of ``unit`` tokens, the last one of a head in place of those beyond it."""
-        return index.minimum((self.lengths[heads] // unit - 1).clamp(min=0).to(index.device)[:, None])
+        return index.minimum(sent((self.lengths[heads] // unit - 1).clamp(min=0), index.device)[:, None])
 
     def ids(self, heads: slice | Tensor) -> Tensor:
         return torch.arange(self.lengths.numel())[heads] if isinstance(heads, slice) else heads
@@ -495,7 +531,7 @@ class Segment:
         """Flat token slots of tokens first .. first + count, int64 [R, count] on the host (clamped to the table)."""
         place = (self.starts[heads] + first)[:, None] + torch.arange(count)
         column = (place // self.pool.page_size).clamp(max=self.table.shape[1] - 1)
-        return self.table[heads].gather(1, column).long() * self.pool.page_size + place % self.pool.page_size
+        return self.table[self.ids(heads)[:, None], column].long() * self.pool.page_size + place % self.pool.page_size
 
     def _pages(self, heads: slice | Tensor, tokens: int) -> Tensor:
         """Page ids of the first ``tokens`` of each head, int64 [R * pages] on the device; cached for slices."""
@@ -503,11 +539,15 @@ class Segment:
         key = (heads.start, heads.stop, width) if isinstance(heads, slice) else None
         if key is not None and key in self._device_pages:
             return self._device_pages[key]
-        held = self._held(heads)
-        table = self.table[heads][:, :width].long()
+        held, table = self._held(heads), self.table
+        if self.by_kernels:
+            held, table = sent(held, self.pool.device), self.mirror().table
+            heads = heads if isinstance(heads, slice) else sent(heads, self.pool.device)
+        table = table[heads, :width].long()
         # Beyond a short head's pages its own first page is read and masked: the table's old ids mean nothing there.
-        table = torch.where(torch.arange(width) < held[:, None], table, table[:, :1].clamp(max=self.pool.capacity - 1))
-        pages = table.flatten().to(self.pool.device)
+        own = torch.arange(width, device=table.device) < held[:, None]
+        table = torch.where(own, table, table[:, :1].clamp(max=self.pool.capacity - 1))
+        pages = table.flatten() if self.by_kernels else sent(table.flatten(), self.pool.device)
         if key is not None:
             self._device_pages[key] = pages
         return pages
@@ -519,9 +559,13 @@ class Segment:
 
     def _free_beyond(self, heads: slice | Tensor, keep: Tensor) -> None:
         """Releases every page of a head after its first ``keep``."""
-        held = self._held(heads)
-        columns = torch.arange(self.table.shape[1])
-        self.pool.release(self.table[heads][(columns >= keep[:, None]) & (columns < held[:, None])])
+        ids, held = self.ids(heads), self._held(heads)
+        some = torch.nonzero(held > keep).flatten()
+        if not some.numel():
+            return
+        ids, held, keep = ids[some], held[some], keep[some]
+        columns = torch.arange(int(keep.min()), int(held.max()))
+        self.pool.release(self.table[ids[:, None], columns][(columns >= keep[:, None]) & (columns < held[:, None])])
         self._device_pages.clear()
 
     def _shared_open(self, heads: slice | Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -579,14 +623,37 @@ def joined(first: Tensor, second: Tensor, counts: Tensor, longest: int) -> Tenso
     joint = torch.cat([first, second], 1)
     if bool((counts == first.shape[1]).all()):
         return joint
-    place = torch.arange(longest)
-    index = torch.where(place < counts[:, None], place, place - counts[:, None] + first.shape[1])
-    return pick(joint, index.to(joint.device))
+    counts = sent(counts, joint.device)[:, None]
+    place = torch.arange(longest, device=joint.device)
+    return pick(joint, torch.where(place < counts, place, place - counts + first.shape[1]))
+
+
+def within(counts: Tensor, longest: int, device: torch.device) -> Tensor:
+    """The first ``counts`` (int64 [R] on the host) of each row, bool [R, ``longest``] on ``device``."""
+    return torch.arange(longest, device=device) < sent(counts, device)[:, None]
+
+
+def refills(lengths: Tensor, victims: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """How the last of ``lengths`` tokens fill the holes of those that leave: the first ``counts`` (both int64 [R] on
+    the host) of ``victims`` (int64 [R, e], distinct in a row).
+
+    Gives which tokens move and where to, int64 [R, e] each, -1: none. A head costs as many moves as tokens leave at
+    most, whatever its length; the order changes.
+    """
+    device, most = victims.device, victims.shape[1]
+    left, leaving = sent(torch.stack([lengths - counts, counts]), device)[..., None]
+    place = torch.arange(most, device=device)
+    leaves = place < leaving
+    stays = torch.ones((victims.shape[0], most + 1), dtype=torch.bool, device=device)
+    stays.scatter_(1, torch.where(leaves & (victims >= left), victims - left, most), False)
+    source = torch.where(stays[:, :most] & leaves, left + place, -1)
+    target = torch.where(leaves & (victims < left), victims, -1)
+    return source.sort(1, descending=True).values, target.sort(1, descending=True).values
 
 
 def _shifted(rows: Tensor, starts: Tensor, count: int) -> Tensor:
     """Row r from starts[r] on: [R, n, *shape] -> [R, count, *shape]."""
-    return pick(rows, starts.to(rows.device)[:, None] + torch.arange(count, device=rows.device))
+    return pick(rows, sent(starts, rows.device)[:, None] + torch.arange(count, device=rows.device))
 
 
 def _expand(mask: Tensor, like: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..formats import Columns, Dense, Format
+from ..formats import Columns, Dense, Float8, Format, Int
 from .pool import PAGE_OVERHEAD, Arena, Pool, Tier
-from .segment import EVERY, HEAD_OVERHEAD, TABLE_ENTRY, Parked, Segment, joined, pick
+from .segment import EVERY, HEAD_OVERHEAD, TABLE_ENTRY, Parked, Segment, joined, pick, refills, within
 from .transfer import sent
 
 
@@ -220,8 +220,8 @@ class Side:
         if first:
             self._settle(self.settled, heads, x[:, :first], ripe)
         rest = counts - ripe
-        index = ripe[:, None] + torch.arange(int(rest.max()))
-        self.tail.append(heads, self.tail.format.encode(pick(x, index.to(x.device))), rest)
+        index = sent(ripe, x.device)[:, None] + torch.arange(int(rest.max()), device=x.device)
+        self.tail.append(heads, self.tail.format.encode(pick(x, index)), rest)
 
     def settle(self, heads: slice | Tensor) -> None:
         """Moves ripe tokens from the tail to the settled segment."""
@@ -233,7 +233,10 @@ class Side:
             return
         if some.numel() < ripe.numel():
             heads, ripe = self.tail.ids(heads)[some], ripe[some]
-        self._settle(self.settled, heads, self._front(heads, int(ripe.max())), ripe)
+        if self._encodes:
+            self._encode_front(heads, ripe)
+        else:
+            self._settle(self.settled, heads, self._front(heads, int(ripe.max())), ripe)
         self.tail.pop_front(heads, ripe)
 
     def read(self, heads: slice | Tensor, index: Tensor | None = None, channels: slice = EVERY) -> Tensor:
@@ -247,23 +250,26 @@ class Side:
         longest = int(self.lengths[heads].max())
         return joined(self.settled.decode(heads, channels=channels), tail, self.settled.lengths[heads], longest)
 
-    def take(self, heads: slice | Tensor, index: Tensor, counts: Tensor) -> None:
+    def take(self, heads: slice | Tensor, index: Tensor, counts: Tensor, ordered: bool) -> None:
         """Keeps tokens ``index`` of each head, in that order (see ``Segment.take``).
 
         Of the tokens that had settled, those that no longer fill a unit return to the tail, decoded.
         """
         if self.settled is None:
-            self.tail.take(heads, index, counts)
+            self.tail.take(heads, index, counts, ordered)
             return
-        before = self.settled.lengths[heads].to(index.device)[:, None]
-        valid = torch.arange(index.shape[1], device=index.device) < counts.to(index.device)[:, None]
+        before = sent(self.settled.lengths[heads], index.device)[:, None]
+        valid = within(counts, index.shape[1], index.device)
         leading = ((index < before) & valid).cumprod(1).sum(1).cpu()
         stay = leading // self.settled.unit * self.settled.unit
         rest = counts - stay
-        place = (stay[:, None] + torch.arange(int(rest.max()))).to(index.device)
-        moved = pick(self.read(heads), pick(index, place))
-        self.settled.take(heads, index[:, : int(stay.max())], stay)
-        self.tail.rewrite(heads, self.tail.format.encode(moved), rest)
+        place = sent(stay, index.device)[:, None] + torch.arange(int(rest.max()), device=index.device)
+        last = pick(index, place)
+        if ordered and self.settled.unit == 1:
+            self.tail.take(heads, (last - before).clamp(min=0), rest, ordered)
+        else:
+            self.tail.rewrite(heads, self.tail.format.encode(self.read(heads, last)), rest)
+        self.settled.take(heads, index[:, : int(stay.max())], stay, ordered)
         self.settle(heads)
 
     def overwrite(self, heads: slice | Tensor, touched: Tensor, everything: Tensor) -> None:
@@ -272,7 +278,7 @@ class Side:
         offset = torch.zeros_like(self.lengths[heads])
         for segment in self.segments:
             lengths = segment.lengths[heads]
-            place = (offset[:, None] + torch.arange(int(lengths.max()))).to(touched.device)
+            place = sent(offset, touched.device)[:, None] + torch.arange(int(lengths.max()), device=touched.device)
             segment.overwrite(heads, pick(everything, place), pick(touched, place))
             offset += lengths
 
@@ -280,12 +286,33 @@ class Side:
         settled.grow(heads, x, counts)
         settled.append(heads, settled.encode(heads, x), counts)
 
+    @property
+    def _encodes(self) -> bool:
+        """Whether a kernel encodes what is in the tail."""
+        if self.settled is None or not isinstance(fmt := self.settled.format, Int | Float8):
+            return False
+        alike = self.tail.format.layout == Dense(fmt.size, fmt.dtype).layout
+        return alike and self.tail.by_kernels and self.settled.by_kernels
+
+    def _encode_front(self, heads: slice | Tensor, counts: Tensor) -> None:
+        """Appends the first ``counts`` tokens of tails to the settled segment, page by page by a kernel."""
+        from .triton.encoding import encode
+
+        tail, settled = self.tail, self.settled
+        assert settled is not None
+        assert isinstance(settled.format, Int | Float8)
+        ends, units = settled.starts[heads] + settled.lengths[heads], counts // settled.unit
+        settled.extend(heads, counts)
+        plan = settled.planned(heads, tail.starts[heads], ends // settled.unit, units)
+        paged = tail.pool, tail.mirror(), settled.pool, settled.mirror()
+        encode(settled.format, *paged, plan, int(units.max()))
+
     def _read_at(self, heads: slice | Tensor, index: Tensor) -> Tensor:
         if self.settled is None or not self.settled.span(heads)[1]:
             return self.tail.decode_at(heads, index)
         if not self.tail.span(heads)[1]:
             return self.settled.decode_at(heads, index)
-        before = self.settled.lengths[heads].to(index.device)[:, None]
+        before = sent(self.settled.lengths[heads], index.device)[:, None]
         settled = self.settled.decode_at(heads, index)
         tail = self.tail.decode_at(heads, (index - before).clamp(min=0))
         return torch.where((index < before)[..., None], settled, tail)
@@ -471,14 +498,12 @@ class Store:
         if bool((counts == self.lengths[heads]).all()):
             return
         self._require_changes(heads)
-        longest = int(counts.max())
-        rank = torch.where(mask, 1, 2)
-        rank = torch.where(self._in_whole_units(heads, mask), 0, rank)
-        index = rank.argsort(dim=1, stable=True)[:, :longest]
-        self.keys.take(heads, index, counts)
-        self.values.take(heads, index, counts)
+        whole = self._in_whole_units(heads, mask)
+        index = _places(mask, whole, int(counts.max()))
+        self.keys.take(heads, index, counts, whole is None)
+        self.values.take(heads, index, counts, whole is None)
         if self.columns:
-            self.columns.take(heads, index, counts)
+            self.columns.take(heads, index, counts, whole is None)
         self.note_spans()
 
     def drop(self, heads: slice | Tensor, victims: Tensor, counts: Tensor | None = None) -> None:
@@ -486,17 +511,17 @@ class Store:
 
         ``counts`` (int64 [R], host): only the first so many of each row.
         """
-        counts = torch.full_like(self.lengths[heads], victims.shape[1]) if counts is None else counts
-        uneven = bool((counts != victims.shape[1]).any())
-        if uneven or self.keys.settled or self.values.settled:
-            lengths = self.lengths[heads]
-            mask = torch.arange(int(lengths.max()), device=victims.device) < lengths.to(victims.device)[:, None]
-            stays = torch.arange(victims.shape[1]) >= counts[:, None]
-            self.keep(heads, mask.scatter(1, victims, stays.to(victims.device)), lengths - counts)
+        lengths = self.lengths[heads]
+        counts = torch.full_like(lengths, victims.shape[1]) if counts is None else counts
+        if self.keys.settled or self.values.settled:
+            mask = within(lengths, int(lengths.max()), victims.device)
+            stays = ~within(counts, victims.shape[1], victims.device)
+            self.keep(heads, mask.scatter(1, victims, stays), lengths - counts)
             return
         self._require_changes(heads)
+        source, target = refills(lengths, victims, counts)
         for segment in self._open_segments():
-            segment.drop(heads, victims)
+            segment.drop(heads, counts, source, target)
         self.note_spans()
 
     def pop_front(self, heads: slice | Tensor, counts: Tensor) -> None:
@@ -570,19 +595,32 @@ class Store:
     def _open_segments(self) -> list[Segment]:
         return [self.keys.tail, self.values.tail, *([self.columns] if self.columns else [])]
 
-    def _in_whole_units(self, heads: slice | Tensor, mask: Tensor) -> Tensor:
-        """Entries whose whole unit stays and is settled on both sides: kept first, they need no new encoding."""
-        sides = [side for side in (self.keys, self.values) if side.settled]
-        unit = max((side.settled.unit for side in sides if side.settled), default=1)
+    def _in_whole_units(self, heads: slice | Tensor, mask: Tensor) -> Tensor | None:
+        """Entries whose whole unit stays and is settled on both sides: kept first, they need no new encoding. None
+        where every entry is a unit."""
+        settled = [side.settled for side in (self.keys, self.values) if side.settled]
+        unit = max((segment.unit for segment in settled), default=1)
         if unit == 1:
-            return torch.zeros_like(mask)
-        bound = torch.stack([side.settled.lengths[heads] for side in sides if side.settled]).amin(0).to(mask.device)
+            return None
+        bound = sent(torch.stack([segment.lengths[heads] for segment in settled]).amin(0), mask.device)
         units = mask.shape[1] // unit
         whole = mask[:, : units * unit].unflatten(1, (units, unit)).all(2)
         whole &= (torch.arange(1, units + 1, device=mask.device) * unit) <= bound[:, None]
         full = torch.zeros_like(mask)
         full[:, : units * unit] = whole.repeat_interleave(unit, 1)
         return full
+
+
+def _places(mask: Tensor, first: Tensor | None, longest: int) -> Tensor:
+    """The first ``longest`` places where ``mask`` (bool [R, n]) is true, ascending, those in ``first`` (a part of it)
+    before the others: int64 [R, ``longest``], any places where there are fewer."""
+    place = mask.cumsum(1)
+    if first is not None:
+        before = first.cumsum(1)
+        place = torch.where(first, before, before[:, -1:] + place - before)
+    index = place.new_zeros((mask.shape[0], longest + 1))
+    every = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    return index.scatter_(1, torch.where(mask & (place <= longest), place, 0), every)[:, 1:]
 
 
 def by_pool(needed: list[tuple[Segment, int]]) -> dict[Pool, int]:

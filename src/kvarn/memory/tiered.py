@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .pool import Arena
-from .segment import EVERY, Segment, joined, pick
+from .segment import EVERY, Segment, joined, pick, within
 from .store import Layout, Store, StoreLayout, by_pool
+from .transfer import sent
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class TieredStore(Store):
         if low is None:
             self.high.append(heads, keys, values, columns, counts)
             return
-        held = (torch.arange(keys.shape[1]) < counts[:, None]).to(keys.device)
+        held = within(counts, keys.shape[1], keys.device)
         parts = [(store, *_packed(mask)) for store, mask in ((self.low, held & low), (self.high, held & ~low))]
         self._require([needed for store, _, chosen in parts for needed in store.pages_to_append(heads, chosen)])
         for store, index, chosen in parts:
@@ -211,7 +212,7 @@ class TieredStore(Store):
         """As ``Store.drop``, of the entries as they are read."""
         stays = victims.new_zeros(victims.shape, dtype=torch.bool)
         if counts is not None:
-            stays = (torch.arange(victims.shape[1]) >= counts[:, None]).to(victims.device)
+            stays = ~within(counts, victims.shape[1], victims.device)
         everything = victims.new_ones((victims.shape[0], int(self.lengths[heads].max())), dtype=torch.bool)
         self.keep(heads, everything.scatter(1, victims, stays))
 
@@ -229,14 +230,14 @@ class TieredStore(Store):
             part = read(store, (index - first).clamp(min=0))
             own = (index >= first).view(*index.shape, *[1] * (part.dim() - 2))
             found = part if found is None else torch.where(own, part, found)
-            first = first + lengths.to(index.device)[:, None]
+            first = first + sent(lengths, index.device)[:, None]
         return read(self.high, index) if found is None else found
 
 
 def leading(order: Tensor, counts: Tensor) -> Tensor:
     """The first ``counts`` ([R] on the host) of each row of ``order`` (int64 [R, n], all places once), bool [R, n]."""
-    within = torch.arange(order.shape[1]) < counts[:, None]
-    return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, within.to(order.device))
+    chosen = within(counts, order.shape[1], order.device)
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, chosen)
 
 
 def _move(heads: slice | Tensor, source: Store, target: Store, mask: Tensor) -> None:
@@ -277,8 +278,7 @@ def _split(stores: list[Store], heads: slice | Tensor, x: Tensor) -> list[Tensor
     first, parts = torch.zeros_like(stores[0].lengths[heads]), []
     for store in stores:
         lengths = store.lengths[heads]
-        place = first[:, None] + torch.arange(int(lengths.max()))
-        parts.append(pick(x, place.to(x.device)))
+        parts.append(pick(x, sent(first, x.device)[:, None] + torch.arange(int(lengths.max()), device=x.device)))
         first = first + lengths
     return parts
 
@@ -286,4 +286,4 @@ def _split(stores: list[Store], heads: slice | Tensor, x: Tensor) -> list[Tensor
 def _held(store: Store, heads: slice | Tensor, like: Tensor) -> Tensor:
     """Which of the entries that are read exist, bool [R, longest]."""
     lengths = store.lengths[heads]
-    return (torch.arange(int(lengths.max())) < lengths[:, None]).to(like.device)
+    return within(lengths, int(lengths.max()), like.device)
