@@ -91,19 +91,22 @@ class Eviction:
         best = ranked.argsort(dim=-1, descending=True, stable=True)
         return torch.zeros_like(protect).scatter(1, best, place < capacity[:, None])
 
-    def victims(self, columns: Mapping[str, Tensor], lengths: Tensor, seen: Tensor, capacity: Tensor) -> Tensor:
-        """The entries that leave each head, in the order in which they would: int64 [R, the most of ``leaving``].
+    def victims(
+        self, columns: Mapping[str, Tensor], lengths: Tensor, seen: Tensor, capacity: Tensor, most: int
+    ) -> Tensor:
+        """The ``most`` entries that leave each head first, in the order in which they would: int64 [R, most].
 
         ``columns`` are [R, n, …]; ``lengths``, ``seen`` (tokens of the sequence) and ``capacity`` are [R].
         """
         positions = columns["position"]
         recent = self.recent + (capacity * self.recent_share).long()
-        leaving = self.leaving(capacity)
-        recent = recent.minimum(capacity + 1 - leaving)
+        recent = recent.minimum(capacity + 1 - self.leaving(capacity))
         protect = (positions >= (seen - recent)[:, None]) | (positions < self.sinks)
         beyond = torch.arange(positions.shape[1], device=positions.device) >= lengths[:, None]
         ranked = protected(self.score.stored(columns, seen[:, None]), protect | beyond)
-        return ranked.argsort(dim=-1, stable=True)[:, : int(leaving.max())]
+        if most == 1:  # the first of equal ones, as by sorting
+            return ranked.argmin(dim=-1, keepdim=True)
+        return ranked.argsort(dim=-1, stable=True)[:, :most]
 
 
 @dataclass(frozen=True)
