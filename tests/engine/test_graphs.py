@@ -77,6 +77,9 @@ class Uncaptured(Graphs):
         ("llama", "full", None),
         ("llama", "snapkv(window=8)", 0.5),
         ("llama", "window", 16),
+        ("llama", "h2o", 16),
+        ("llama", "scissorhands(history=8, recent=2)", 16),
+        ("llama", "lazyeviction(window=4)", 16),
         ("llama", "kivi(bits=4, group=16, residual=16)", None),
         ("gemma3", "full", None),
     ],
@@ -84,7 +87,8 @@ class Uncaptured(Graphs):
 def test_a_pass_over_buffers_gives_the_tokens_of_the_cache(architecture, recipe, budget, device, monkeypatch):
     monkeypatch.setattr(kernels, "DEVICES", {"cpu", "cuda"})
     model = make_tiny(architecture, num_hidden_layers=4 if architecture == "gemma3" else 1).to(device)
-    sampling = [Sampling(max_tokens=n) for n in (5, 3, 2)]
+    # Enough tokens for what was observed to decide.
+    sampling = [Sampling(max_tokens=n) for n in (12 if recipe == "h2o" else 5, 3, 2)]
     own = Engine(make_tiny(architecture, num_hidden_layers=model.config.num_hidden_layers), recipe, budget)
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "DEVICES", set())
@@ -104,10 +108,29 @@ def test_a_pass_over_buffers_gives_the_tokens_of_the_cache(architecture, recipe,
     assert [answer.tokens for answer in answers] == expected
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["h2o", "lazyeviction(window=4)"])
+def test_full_heads_make_room_while_the_host_does_not_wait(recipe):
+    engine = Engine(make_tiny("llama").to("cuda"), recipe, 16, max_batch=2)
+    for prompt in PROMPTS[:2]:
+        engine.add(prompt, Sampling(max_tokens=40))
+    for _ in range(8):
+        engine.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(8):
+            engine._runner.decode(engine._batch, [1, 2])
+            engine._batch.settle()
+            engine._batch.open()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert max(int(group.entries().max()) for group in engine._batch.groups) <= 17
+
+
 def test_what_decides_on_the_host_is_not_captured(monkeypatch):
     monkeypatch.setattr(kernels, "DEVICES", {"cpu", "cuda"})
     model = make_tiny("llama")
-    for recipe, budget in [("h2o", 20), ("mikv(low=4)", None), ("xquant(bits=8, group=16)", None)]:
+    for recipe, budget in [("keyformer", 20), ("mikv(low=4)", None), ("xquant(bits=8, group=16)", None)]:
         engine = Engine(model, recipe, budget)
         engine.generate(PROMPTS[:1], Sampling(max_tokens=1))
         engine.add(PROMPTS[0], Sampling(max_tokens=5))

@@ -79,6 +79,18 @@ def test_an_interval_evicts_that_many_at_once_and_never_exceeds_the_capacity():
     assert seen == {16, 17, 18, 19, 20}
 
 
+def test_heads_may_be_taken_in_turns(monkeypatch):
+    tokens, held = random_tokens(50), []
+    for entries in (2**24, 1):
+        monkeypatch.setattr("kvarn.layers.group._ENTRIES", entries)
+        layer = OneLayer("h2o(interval=3)", capacity=20)
+        layer.prompt(*split(tokens, 0, 30))
+        for position in range(30, 50):
+            layer.token(*split(tokens, position, position + 1))
+        held.append(layer.positions())
+    assert held[0] == held[1]
+
+
 def test_the_mass_of_a_second_prompt_is_added_to_the_first():
     tokens = random_tokens(30)
     once, twice = OneLayer("h2o", capacity=30), OneLayer("h2o", capacity=30)

@@ -49,7 +49,7 @@ class Pass(TransformersCache):
 
 class Graphs:
     """Captured passes of one model over one cache, made when a batch size comes for the first time, and again when
-    pages or tables have moved."""
+    pages or tables have moved, or when there are twice as many entries as ever."""
 
     def __init__(self, model: PreTrainedModel, cache: Cache, most: int):
         self.model, self.cache, self.device = model, cache, model.device
@@ -58,6 +58,7 @@ class Graphs:
         self.positions = torch.zeros((most, 1), dtype=torch.int64, device=self.device)
         self._captured: dict[int, tuple[tuple, torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory: Any = None  # what the captured passes share
+        self._entries = 1  # a power of two that all groups' entries were below so far
         self._prepared: Step | None = None  # the opened step whose buffers are filled
         # Rows without a sequence write to a page of their own.
         for store in (group.store for group in cache.groups):
@@ -123,15 +124,19 @@ class Graphs:
         for group in self.cache.groups:
             yield from group.store.keys.segments
             yield from group.store.values.segments
-            if group._counted and group.store.columns:
+            if (group._counted or group.observers) and group.store.columns:
                 yield group.store.columns
 
     def state(self) -> tuple:
-        """Where everything lies that a captured pass reads, with its tables up to date."""
+        """Where everything lies that a captured pass reads, with its tables up to date, and how many entries it has
+        processors for, roughly."""
+        entries = sum(int(group.store.lengths.sum()) for group in self.cache.groups)
+        self._entries = max(self._entries, 1 << entries.bit_length())
         mirrors = [segment.mirror() for segment in self._segments()]
         pools = {segment.pool for segment in self._segments()}
         tensors = [tensor for pool in pools for tensor in pool.tensors.values()]
-        return tuple(x.data_ptr() for x in [*(m.table for m in mirrors), *(m.spans for m in mirrors), *tensors])
+        places = [*(m.table for m in mirrors), *(m.spans for m in mirrors), *tensors]
+        return self._entries, *(x.data_ptr() for x in places)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..attention import Paid, Part, Variant, attend, attend_observed
 from ..attention.kernels import decode, reads
 from ..attention.rotary import Rotary
+from ..attention.updates import Update, Updates
 from ..memory import Arena, Layout, Segment, Store, StoreLayout, TieredLayout, TieredStore, sent
 from ..plan import Plan
 from ..prefill import Propagation
@@ -21,6 +22,8 @@ from ..rematerialization import Known
 from ..scoring import Observation, ObservingScore, PromptView
 from ..selection import Chosen, Layers, Reading, Selection, Selector
 from ..spec import LayerSpec
+
+_ENTRIES = 2**24  # of which columns are read at once
 
 
 @dataclass(slots=True)
@@ -128,6 +131,12 @@ class LayerGroup:
     def observing(self) -> list[ObservingScore]:
         """Those of ``observers`` that the query of the decoding step under way is shown to."""
         return self.observers
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        """What kernels do to columns in a decoding step in place of ``observers``; none where they do not know all."""
+        known = tuple(update for observer in self.observers if (update := observer.update))
+        return known if len(known) == len(self.observers) and type(self.store) is Store else ()
 
     @property
     def _counted(self) -> bool:
@@ -298,8 +307,9 @@ class LayerGroup:
     # -- decoding -----------------------------------------------------------------------------------------------
 
     def pages_to_open(self) -> list[tuple[Segment, int]]:
-        """Pages that ``begin_token`` takes, of each segment."""
-        return self.store.pages_to_open(self.everyone)
+        """The most pages that ``begin_token`` takes, of each segment."""
+        needed = self.store.pages_to_open(self.everyone)
+        return [*needed, *self.store.pages_to_own_columns(self.everyone)] if self.updates else needed
 
     def begin_token(self, step: Step) -> None:
         """Before the first layer: makes room for one token in every head."""
@@ -309,6 +319,8 @@ class LayerGroup:
             columns["position"] = positions.int()
             columns |= self._unread(positions)
             columns |= {name: column[:, 0] for name, column in self._noted(heads, step).items()}
+        if self.updates:
+            self.store.own_columns(heads)
         self.store.open_token(columns, heads)
         self._note_token(step)
 
@@ -373,12 +385,20 @@ class LayerGroup:
         if isinstance(eviction, Merging):
             self._merge(eviction, heads, step.after, eviction.leaving(capacity[heads]))
             return
+        for some in heads.split(max(_ENTRIES // int(self.store.lengths[heads].max()), 1)):
+            self._drop_worst(eviction, some, step.after)
+
+    def _drop_worst(self, eviction: Eviction, heads: Tensor, after: Tensor) -> None:
+        """Drops what leaves full ``heads`` (int64 [R]) after so many tokens (int64 [B]). How many that are is known on
+        the host, which does not wait for the device to tell which."""
+        capacity, device = self._capacity.flatten(), self.arena.device
         leaving = eviction.leaving(capacity[heads])
-        state = torch.stack([t[heads] for t in (self.store.lengths, self._per_head(step.after), capacity)])
+        state = torch.stack([self.store.lengths, self._per_head(after), capacity])[:, heads]
+        lengths, seen, allowed = sent(state, device)
         columns = self.store.read_columns(heads)
-        columns["position"] = columns["position"].masked_fill(~self._within(heads), -1)
-        lengths, seen, capacities = sent(state, self.arena.device)
-        victims = eviction.victims(columns, lengths, seen, capacities, int(leaving.max()))
+        beyond = torch.arange(columns["position"].shape[1], device=device) >= lengths[:, None]
+        columns["position"] = columns["position"].masked_fill(beyond, -1)
+        victims = eviction.victims(columns, lengths, seen, allowed, int(leaving.max()))
         self.store.drop(heads, victims, leaving)
 
     def _merge(self, merging: Merging, heads: Tensor, after: Tensor, leaving: Tensor) -> None:
@@ -661,7 +681,8 @@ class LayerGroup:
     def captures(self) -> bool:
         """Whether a decoding step is the same kernels over the same buffers, whatever the heads hold."""
         known = type(self)._attended is LayerGroup._attended and type(self).token is LayerGroup.token
-        plain = not self.observers and self.selector is None and self.rotary is None
+        observed = len(self.updates) == len(self.observers)
+        plain = observed and self.selector is None and self.rotary is None
         return known and plain and reads(self.store, self.layer.query_heads // self.layer.kv_heads)
 
     def _attended(self, heads: slice, fresh: Fresh) -> tuple[Tensor, Paid | None] | None:
@@ -669,7 +690,9 @@ class LayerGroup:
         they do not serve."""
         if self.rotary:
             return None
-        return decode(fresh.query, self.store, heads, fresh.variant, self._counted, bool(self.observing))
+        updates = Updates(self.updates, fresh.step.positions) if self.updates else None
+        observe = bool(self.observing) and updates is None
+        return decode(fresh.query, self.store, heads, fresh.variant, self._counted, observe, updates)
 
     def _chosen_part(self, heads: slice, chosen: Chosen) -> Part:
         """What was chosen of a layer."""

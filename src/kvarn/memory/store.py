@@ -482,6 +482,15 @@ class Store:
         assert self.columns is not None
         self.columns.set(heads, dict(columns))
 
+    def own_columns(self, heads: slice | Tensor) -> None:
+        """Copies pages of columns that others refer to too, so that kernels may write in them."""
+        if self.columns:
+            self.columns._own(heads)
+
+    def pages_to_own_columns(self, heads: slice | Tensor) -> list[tuple[Segment, int]]:
+        """Pages that ``own_columns`` would allocate."""
+        return [(self.columns, self.columns.pages_shared(heads))] if self.columns else []
+
     # -- shrinking and changing ---------------------------------------------------------------------------------
 
     def pages_to_change(self, heads: slice | Tensor) -> list[tuple[Segment, int]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..attention import observed
+from ..attention.updates import Mass, Update
 from ..formats import ColumnType
 from .scores import Score
 from .view import Observation, PromptView
@@ -31,6 +32,11 @@ class ObservingScore(Score):
     @property
     def of_prompt(self) -> int | None:
         """How many of a prompt's last queries are observed; None: all."""
+        return None
+
+    @property
+    def update(self) -> Update | None:
+        """``observe`` for the query of a decoding step, as kernels know it; None: they do not."""
         return None
 
     def fresh(self, positions: Tensor, first: Tensor) -> dict[str, Tensor]:
@@ -72,6 +78,10 @@ class AccumulatedMass(ObservingScore):
     @property
     def columns(self) -> Mapping[str, ColumnType]:
         return {"mass": torch.float32}
+
+    @property
+    def update(self) -> Update:
+        return Mass("mass", adds=True)
 
     def observe(self, observation: Observation, columns: Columns) -> dict[str, Tensor]:
         return {"mass": columns["mass"] + observation.paid.mass.mean(2)}

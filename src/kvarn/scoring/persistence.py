@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..attention.updates import Ignoring, Update
 from ..formats import ColumnType
 from .observing import Columns, ObservingScore
 from .view import Observation
@@ -32,6 +33,10 @@ class Persistence(ObservingScore):
     def of_prompt(self) -> int:
         return self.history
 
+    @property
+    def update(self) -> Update:
+        return Ignoring("ignored", self.history)
+
     def observe(self, observation: Observation, columns: Columns) -> dict[str, Tensor]:
         queries, entries = observation.queries[:, None, :, None], columns["position"][:, :, None]
         reads = (entries >= 0) & (entries <= queries)
@@ -44,8 +49,7 @@ class Persistence(ObservingScore):
         return {"ignored": (columns["ignored"] & ~written) | added}
 
     def stored(self, columns: Columns, seen: Tensor) -> Tensor:
-        ones = torch.arange(1 << _BITS, device=seen.device)[:, None] >> torch.arange(_BITS, device=seen.device) & 1
-        ignored = ones.sum(1)[columns["ignored"].long()].sum(-1)
+        ignored = _ones(columns["ignored"]).sum(-1)
         return columns["position"].double() - ignored.double() * 2**32
 
     def _bits(self, queries: Tensor) -> Tensor:
@@ -54,3 +58,10 @@ class Persistence(ObservingScore):
         bytes_ = torch.arange(self.history // _BITS, device=queries.device)
         here = (place[..., None] // _BITS == bytes_) & (queries >= 0)[..., None]
         return here * (2.0 ** (place % _BITS))[..., None]
+
+
+def _ones(bytes_: Tensor) -> Tensor:
+    """How many bits of each byte are set, uint8."""
+    pairs = bytes_ - (bytes_ >> 1 & 0x55)
+    fours = (pairs & 0x33) + (pairs >> 2 & 0x33)
+    return fours + (fours >> 4) & 0x0F

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..attention import observed
+from ..attention.updates import Mass, Update
 from ..formats import ColumnType
 from .hashing import mixed
 from .observing import Columns, ObservingScore
@@ -30,6 +31,10 @@ class ProbedMass(ObservingScore):
     over: Literal["probes", "all"] = "probes"
 
     columns: ClassVar[Mapping[str, ColumnType]] = {"saliency": torch.float32}
+
+    @property
+    def update(self) -> Update:
+        return Mass("saliency")
 
     def observe(self, observation: Observation, columns: Columns) -> dict[str, Tensor]:
         return {"saliency": observation.paid.mass.mean(2)}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..attention.updates import Recurring, Update
 from ..formats import ColumnType
 from .observing import Columns, ObservingScore
 from .view import Observation
@@ -30,6 +31,10 @@ class Recurrence(ObservingScore):
     @property
     def of_prompt(self) -> int:
         return self.window
+
+    @property
+    def update(self) -> Update:
+        return Recurring("last", "interval", self.threshold)
 
     def fresh(self, positions: Tensor, first: Tensor) -> dict[str, Tensor]:
         # What came before anything was observed begins its silence there, not at its own position.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
+from ..attention.updates import Mass, Update
 from ..formats import ColumnType
 from .observing import Columns, ObservingScore
 from .view import Observation
@@ -32,6 +33,11 @@ class ShiftingMass(ObservingScore):
     @property
     def of_prompt(self) -> int:
         return self.window
+
+    @property
+    def update(self) -> Update | None:
+        # The variance over one query is nothing. Kernels do not sort.
+        return None if self.by_age else Mass("worth", window=self.window, kernel=self.kernel)
 
     def observe(self, observation: Observation, columns: Columns) -> dict[str, Tensor]:
         mean, variance = over_queries(observation.paid.probabilities, observation.queries)

@@ -12,6 +12,11 @@ RECIPES = [
     ("snapkv(window=8) + kivi(bits=2, group=16, residual=16)", 24),
     ("h2o", 20),
     ("lazyeviction(window=4)", 30),
+    ("scissorhands(history=16, recent=2)", 24),
+    ("cake(window=4, capacity=20)", 20),
+    ("d2o", 24),
+    ("h2o + kivi(bits=4, group=16, residual=16)", 36),
+    ("keyformer", 20),
     ("razorattention", 20),
 ]
 
@@ -39,6 +44,11 @@ def test_steps_by_kernels_are_those_of_the_reference(recipe, capacity, device, m
     assert layers["kernels"].group.store.lengths.tolist() == layers["reference"].group.store.lengths.tolist()
     if layers["kernels"].group.store.columns:
         assert layers["kernels"].positions() == layers["reference"].positions()
+        for name in layers["kernels"].group.store.columns.format.layout:
+            ours, theirs = (layers[each].by_position(name) for each in ("kernels", "reference"))
+            for mine, its in zip(ours, theirs, strict=True):
+                found, wanted = (torch.tensor([column[place] for place in sorted(column)]) for column in (mine, its))
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("recipe", ["mikv", "think(ratio=0.5)"])

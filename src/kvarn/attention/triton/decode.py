@@ -14,6 +14,8 @@ from triton import next_power_of_2
 from ...formats import Dense, Float8, Format, Int
 from ...memory import Segment, Side, Store
 from ..reference import Paid, Variant
+from ..updates import Updates
+from .columns import put
 from .split import attend_split, merge_splits
 from .tiles import CHANNEL, DENSE, FLOAT8, TOKEN
 
@@ -130,11 +132,13 @@ def attend_stored(
     variant: Variant,
     counts: bool = False,
     observe: bool = False,
+    updates: Updates | None = None,
     tuned: Tuning | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Paid | None] | None:
     """Attention of one token's queries ([B, H, 1, D]) over all entries of ``heads``, a layer's: [B, H, 1, D], and with
-    ``observe`` what was paid to each entry. ``counts``: entries weigh as their column ``count`` says.
+    ``observe`` what was paid to each entry. ``counts``: entries weigh as their column ``count`` says. ``updates``: what
+    changes of the columns, in pages that are not shared.
 
     None where the kernels do not read the store's formats.
     """
@@ -154,9 +158,12 @@ def attend_stored(
     overlap = _OVERLAP and _overlaps(query.device)
     partial = query.new_empty((splits, queries, value_tiling.size), dtype=torch.float32)
     extent = query.new_empty((splits, queries, 2), dtype=torch.float32)
-    entries = int(store.lengths[heads].max()) if observe else 0
-    logits = query.new_full((rows, queries, entries), -torch.inf, dtype=torch.float32) if observe else extent
-    sums = query.new_empty((rows * queries,), dtype=torch.float32) if observe else extent
+    observed = observe or updates is not None
+    entries = _bound(store, heads, updates) if observed else 0
+    logits = query.new_empty((rows, queries, entries), dtype=torch.float32) if observed else extent
+    if observe:
+        logits.fill_(-torch.inf)
+    sums = query.new_empty((rows * queries,), dtype=torch.float32) if observed else extent
     out = query.new_empty((*query.shape[:3], value_tiling.size))
     keys, key_tail = _segments(store.keys)
     values, value_tail = _segments(store.values)
@@ -189,7 +196,7 @@ def attend_stored(
         PAGE=store.arena.page_size,
         CAPPED=variant.softcap is not None,
         COUNTED=counts,
-        OBSERVED=observe,
+        OBSERVED=observed,
         OVERLAP=overlap,
         num_warps=tuned.warps,
         maxnreg=tuned.registers,
@@ -214,16 +221,29 @@ def attend_stored(
         V_WIDTH=next_power_of_2(value_tiling.size),
         BLOCK=16,
         SINKS=variant.sinks is not None,
-        OBSERVED=observe,
+        OBSERVED=observed,
         OVERLAP=overlap,
         num_warps=4,
         launch_pdl=overlap,
     )
+    if updates is not None:
+        assert store.columns is not None
+        for update in updates.each:
+            put(update, logits, sums, store.columns, heads.start, updates.positions, overlap)
     if not observe:
         return out, None
     weights = logits.sub_(sums.view(rows, queries, 1)).exp2_()
     weights = weights.view(query.shape[0], -1, queries, 1, entries)
     return out, Paid([weights], [torch.ones_like(weights[..., :1])], [entries])
+
+
+def _bound(store: Store, heads: slice, updates: Updates | None) -> int:
+    """Entries of which logits are kept. With updates as many as the columns' table has room for: when heads outgrow it,
+    it moves, so that a captured pass is captured anew."""
+    if updates is None:
+        return int(store.lengths[heads].max())
+    assert store.columns is not None
+    return store.columns.mirror().table.shape[1] * store.columns.pool.page_size
 
 
 @cache
