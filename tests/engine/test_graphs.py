@@ -12,7 +12,7 @@ from tiny_models import make_tiny
 pytest.importorskip("triton")
 
 from kvarn.attention.triton.small import gated, norm, turned
-from kvarn.engine.fused import fused
+from kvarn.engine.fused import Fused
 from kvarn.engine.graphs import Graphs, widened
 
 ON_CUDA = torch.cuda.is_available()
@@ -52,21 +52,38 @@ def test_small_kernels_round_as_the_modules_do(device, dtype):
             torch.testing.assert_close(ours, states * cos[:, None] + half * sin[:, None], **exact)
 
 
+KINDS = {
+    "llama": {"RMSNorm", "MLP", "Attention", "DecoderLayer"},
+    "qwen2": {"RMSNorm", "MLP", "Attention", "DecoderLayer"},  # biases
+    "qwen3": {"RMSNorm", "MLP", "Attention", "DecoderLayer"},  # norms of queries and keys
+    "gemma3": set(),  # one is added to the weights of norms, and the gate is another function
+    "phi3": {"RMSNorm"},  # other projections
+    "mixtral": {"RMSNorm", "Attention", "DecoderLayer"},
+}
+
+
 @pytest.mark.parametrize("device", DEVICES)
-def test_modules_are_replaced_where_they_are_the_same_and_put_back(device):
-    for name, kinds in {"llama": {"LlamaRMSNorm", "LlamaMLP"}, "gemma3": set()}.items():
-        model = make_tiny(name).to(device)
-        with fused(model):
-            replaced = {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
-        assert replaced == kinds, "Gemma adds one to its norms' weights, and its gate is another function"
-        assert not any("forward" in vars(module) for module in model.modules())
+@pytest.mark.parametrize("name", KINDS)
+def test_modules_are_replaced_where_they_are_the_same_and_put_back(name, device):
+    model = make_tiny(name, num_hidden_layers=4 if name == "gemma3" else 1).to(device)
+    model.set_attn_implementation("kvarn")
+    weights = {key: weight.clone() for key, weight in model.state_dict().items()}
+    ids = torch.arange(1, 7, device=device)[None]
+    before = model(ids).logits
+    fused = Fused(model)
+    with fused.applied():
+        kinds = {type(module).__name__ for module in model.modules() if "forward" in vars(module)} - {"Linear"}
+    assert {kind.removeprefix(name.capitalize()) for kind in kinds} == KINDS[name]
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert all(torch.equal(weight, weights[key]) for key, weight in model.state_dict().items())
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-5, atol=1e-5)
 
 
 class Uncaptured(Graphs):
     """Computes anew what would be replayed."""
 
     def _replayed(self, rows, state):
-        with widened(self.cache.groups, rows), fused(self.model):
+        with widened(self.cache.groups, rows), self.fused.applied():
             return self.computed(rows)
 
 

@@ -1,5 +1,7 @@
 """Decoding steps on a GPU: what the Triton kernels serve. Everything else takes the reference path."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
@@ -11,6 +13,28 @@ from .reference import Paid, Variant
 
 DEVICES = {"cuda"}  # tests add "cpu", where Triton interprets its kernels
 _LEAST_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Unturned:
+    """One token a sequence as its projections give it: ``states`` [B, (H + K) * D + K * V], queries before keys before
+    values, and ``cos`` and ``sin`` [1 or B, 1, D], by which queries and keys are still to be rotated. ``norms``: weight
+    [D] and epsilon of an RMSNorm of queries and of one of keys before that, or none."""
+
+    states: Tensor
+    cos: Tensor
+    sin: Tensor
+    queries: int
+    keys: int
+    norms: Sequence[tuple[Tensor, float]] = ()
+
+
+def append(token: Unturned, store: Store, heads: slice) -> Tensor:
+    """Rotates ``token`` and writes its keys and values where ``store.open_token`` made room in ``heads``, a layer's, that
+    a kernel reads: the queries, [B, H, 1, D]."""
+    from .triton.small import append
+
+    return append(token, *store.token_places(heads))
 
 
 def decode(

@@ -10,6 +10,7 @@ from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
 
 from ..attention.interface import Mask, Pending
+from ..attention.kernels import Unturned
 from ..attention.reference import Variant
 from ..cache import Cache
 from ..layers import Fresh, LayerGroup, Step
@@ -36,6 +37,9 @@ class Pass(TransformersCache):
     ) -> Tensor:
         return self._group_of[layer].token(layer, Fresh(query, keys, values, self._step, variant))
 
+    def append(self, layer: int, token: Unturned, variant: Variant) -> Tensor:
+        return self._group_of[layer].append(layer, token, variant)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 1
 
@@ -52,10 +56,13 @@ class Graphs:
     pages or tables have moved."""
 
     def __init__(self, model: PreTrainedModel, cache: Cache, most: int):
+        from .fused import Fused
+
         self.model, self.cache, self.device = model, cache, model.device
         self.sizes = [*(size for size in _SIZES if size < most), most]
         self.ids = torch.zeros((most, 1), dtype=torch.int64, device=self.device)
         self.positions = torch.zeros((most, 1), dtype=torch.int64, device=self.device)
+        self.fused = Fused(model)
         self._captured: dict[int, tuple[tuple, torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory: Any = None  # what the captured passes share
         self._prepared: Step | None = None  # the opened step whose buffers are filled
@@ -95,13 +102,11 @@ class Graphs:
         return logits
 
     def _capture(self, rows: int, state: tuple) -> None:
-        from .fused import fused
-
         self._captured = {size: kept for size, kept in self._captured.items() if kept[0] == state}
         if not self._captured:
             self._memory = None
         stream = torch.cuda.Stream(self.device)
-        with widened(self.cache.groups, rows), fused(self.model):
+        with widened(self.cache.groups, rows), self.fused.applied():
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
                 self.computed(rows)  # compiles and allocates what does so at the first time

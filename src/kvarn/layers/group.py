@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..attention import Paid, Part, Variant, attend, attend_observed
-from ..attention.kernels import decode, reads
+from ..attention.kernels import Unturned, append, decode, reads
 from ..attention.rotary import Rotary
 from ..memory import Arena, Layout, Segment, Store, StoreLayout, TieredLayout, TieredStore, sent
 from ..plan import Plan
@@ -350,6 +350,14 @@ class LayerGroup:
             paid = paid.among(chosen.index, int(self.store.lengths[heads].max()))
         self._observe(number, paid, fresh.step)
         return out
+
+    def append(self, number: int, token: Unturned, variant: Variant) -> Tensor:
+        """As ``token``, of one that is not rotated yet, where ``captures``."""
+        heads = self.heads(number)
+        query = append(token, self.store, heads)
+        attended = decode(query, self.store, heads, variant, self._counted)
+        assert attended is not None
+        return attended[0]
 
     def end_token(self, step: Step) -> None:
         """After the last layer: encodes what is ripe, evicts what is over the capacity."""

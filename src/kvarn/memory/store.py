@@ -417,6 +417,11 @@ class Store:
         self.keys.tail.put(self._key_slots[heads], self.keys.tail.format.encode(keys), channels[0])
         self.values.tail.put(self._value_slots[heads], self.values.tail.format.encode(values), channels[1])
 
+    def token_places(self, heads: slice) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Where ``put_token`` writes keys, and values: all rows [slots, size], and which of them (int64 [R])."""
+        keys, values = (side.tail.pool.tensors["x"].flatten(0, 1) for side in (self.keys, self.values))
+        return (keys, self._key_slots[heads]), (values, self._value_slots[heads])
+
     def wait(self, waits: bool) -> None:
         """While it waits, what is new stays dense and nothing settles, since it will be cut or merged again."""
         self.keys.waits = self.values.waits = waits
