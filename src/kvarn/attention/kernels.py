@@ -30,8 +30,8 @@ class Unturned:
 
 
 def append(token: Unturned, store: Store, heads: slice) -> Tensor:
-    """Rotates ``token`` and writes its keys and values where ``store.open_token`` made room in ``heads``, a layer's, that
-    a kernel reads: the queries, [B, H, 1, D]."""
+    """Rotates ``token`` and writes its keys and values where ``store.open_token`` made room in ``heads``, those of a layer
+    in a store that a kernel reads. Returns the queries [B, H, 1, D]."""
     from .triton.small import append
 
     return append(token, *store.token_places(heads))

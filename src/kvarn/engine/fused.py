@@ -17,8 +17,8 @@ class Fused:
     """The modules of ``model``, which attends through kvarn, that kernels can serve: found, and verified on random
     numbers, once.
 
-    Weights of projections of one input come to lie in one tensor, of which theirs become views. That takes the memory of
-    one layer's weights for a moment, and leaves the model's parameters and what it computes as they were.
+    Weights of projections of one input come to lie in one tensor, of which theirs become views. That takes the memory
+    of one layer's weights for a moment, and leaves the model's parameters and what it computes as they were.
     """
 
     def __init__(self, model: PreTrainedModel):

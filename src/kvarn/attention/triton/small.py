@@ -164,11 +164,12 @@ def _appended(
         _stored(keys + slot * SIZE, a, b, there, HALF, WIDTH)
     else:
         head -= (OF_QUERIES + OF_KEYS) * BLOCK
+        there = head < HEADS
         place = tl.arange(0, VALUE_WIDTH)
-        there = (head < HEADS)[:, None] & (place < VALUE)[None, :]
-        source = states + (QUERIES + HEADS) * SIZE + head[:, None] * VALUE + place[None, :]
-        slot = tl.load(value_slots + token * HEADS + head, mask=head < HEADS, other=0)
-        tl.store(values + slot[:, None] * VALUE + place[None, :], tl.load(source, mask=there, other=0), mask=there)
+        held = there[:, None] & (place < VALUE)[None, :]
+        vectors = states + ((QUERIES + HEADS) * SIZE + head * VALUE)[:, None] + place[None, :]
+        slot = tl.load(value_slots + token * HEADS + head, mask=there, other=0)
+        tl.store(values + slot[:, None] * VALUE + place[None, :], tl.load(vectors, mask=held, other=0), mask=held)
 
 
 def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
