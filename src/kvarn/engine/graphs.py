@@ -10,10 +10,10 @@ from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
 
 from ..attention.interface import Mask, Pending
-from ..attention.kernels import Unturned
+from ..attention.kernels import Projected
 from ..attention.reference import Variant
 from ..cache import Cache
-from ..layers import Fresh, LayerGroup, Step
+from ..layers import LayerGroup, Step
 from ..memory import Segment, sent
 
 _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -21,13 +21,11 @@ _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 
 
 class Pass(TransformersCache):
     """Stands for a cache in one decoding pass of ``rows`` sequences: the layer groups do the work, and nothing else
-    happens. Rows beyond the batch belong to no sequence; what they write goes to spare pages."""
+    happens. Rows beyond the batch belong to no sequence, and nothing is written for them."""
 
-    def __init__(self, groups: Sequence[LayerGroup], positions: Tensor):
+    def __init__(self, groups: Sequence[LayerGroup]):
         super().__init__(layers=[])
         self._group_of = {number: group for group in groups for number in group.numbers}
-        nothing = torch.zeros(0, dtype=torch.int64)
-        self._step = Step(positions, nothing, nothing, padded=False)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         return Pending(key_states, self, layer_idx), Pending(value_states, self, layer_idx)
@@ -35,9 +33,11 @@ class Pass(TransformersCache):
     def attend(
         self, module: nn.Module, layer: int, query: Tensor, keys: Tensor, values: Tensor, mask: Mask, variant: Variant
     ) -> Tensor:
-        return self._group_of[layer].token(layer, Fresh(query, keys, values, self._step, variant))
+        token = Projected(torch.cat([keys.flatten(1), values.flatten(1)], 1), 0, keys.shape[1])
+        return self._group_of[layer].append(layer, token, variant, query)
 
-    def append(self, layer: int, token: Unturned, variant: Variant) -> Tensor:
+    def append(self, layer: int, token: Projected, variant: Variant) -> Tensor:
+        """As ``attend``, of a token that is still to be rotated."""
         return self._group_of[layer].append(layer, token, variant)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -66,11 +66,6 @@ class Graphs:
         self._captured: dict[int, tuple[tuple, torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory: Any = None  # what the captured passes share
         self._prepared: Step | None = None  # the opened step whose buffers are filled
-        # Rows without a sequence write to a page of their own.
-        for store in (group.store for group in cache.groups):
-            for tail in (store.keys.tail, store.values.tail):
-                if tail.pool not in store.spare:
-                    store.spare[tail.pool] = int(tail.pool.allocate(1))
 
     @staticmethod
     def serve(cache: Cache) -> bool:
@@ -120,7 +115,7 @@ class Graphs:
     @torch.no_grad()
     def computed(self, rows: int) -> Tensor:
         """The pass over the buffers, of groups that were ``widened``."""
-        stand_in = Pass(self.cache.groups, self.positions[:rows])
+        stand_in = Pass(self.cache.groups)
         out = self.model(self.ids[:rows], position_ids=self.positions[:rows], past_key_values=stand_in, use_cache=True)
         return out.logits[:, -1]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache as TransformersCache
 
 from ..attention.interface import Mask, Pending
-from ..attention.kernels import Unturned
+from ..attention.kernels import Pages, Projected
 from ..attention.reference import Variant
 from ..attention.triton.matvec import gated_linear, linear
 from ..attention.triton.small import added_norm, append, gated, norm
@@ -25,7 +25,7 @@ _ROWS = 3  # of the random numbers
 class Appends(Protocol):
     """A cache in a pass of one token a sequence, which it rotates where it stores it."""
 
-    def append(self, layer: int, token: Unturned, variant: Variant) -> Tensor:
+    def append(self, layer: int, token: Projected, variant: Variant) -> Tensor:
         """Stores ``token`` and attends it to all that is stored: [B, H, 1, V]."""
         ...
 
@@ -54,15 +54,16 @@ class Norm:
         return self._ready[0]
 
 
-def linear_of(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def linear_of(module: Any) -> Callable[[Tensor], Tensor] | None:
     return (lambda x: linear(x, module.weight, module.bias)) if _plain(module) else None
 
 
-def gated_of(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def gated_of(module: Any) -> Callable[[Tensor], Tensor] | None:
     """A feed-forward layer with a gate."""
-    gate, up, down = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
-    active = getattr(module, "act_fn", None)
-    if active is None or not all(isinstance(part, nn.Linear) for part in (gate, up, down)):
+    if not {"gate_proj", "up_proj", "down_proj", "act_fn"} <= dict(module.named_children()).keys():
+        return None
+    gate, up, down, active = module.gate_proj, module.up_proj, module.down_proj, module.act_fn
+    if not all(isinstance(part, nn.Linear) for part in (gate, up, down)):
         return None
     x = _random((1, gate.out_features), gate.weight)
     if not near(active(x), gated(x, torch.ones_like(x))):
@@ -88,7 +89,7 @@ class Attention:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Any,
         like: "Recorded",
         joint: tuple[Tensor, Tensor | None],
         norms: Sequence[tuple[Tensor, float]],
@@ -99,7 +100,7 @@ class Attention:
         self.queries, self.keys, self.size = like.query.shape[1], like.keys.shape[1], like.query.shape[3]
 
     @classmethod
-    def of(cls, module: nn.Module, norms: dict[nn.Module, Norm]) -> "Attention | None":
+    def of(cls, module: Any, norms: dict[nn.Module, Norm]) -> "Attention | None":
         """``norms``: the modules that are computed by kernels."""
         children = dict(module.named_children())
         if not {*cls._PROJECTIONS, "o_proj"} <= children.keys() <= {*cls._PROJECTIONS, "o_proj", *cls._NORMS}:
@@ -111,12 +112,13 @@ class Attention:
             return None
         x = _random((_ROWS, 1, projections[0].in_features), projections[0].weight)
         turn = tuple(_random((_ROWS, 1, size), x, seed) for seed in (1, 2))
-        given = {"position_embeddings": turn, "attention_mask": Mask({}), "past_key_values": Recorder()}
+        own, ours = Recorder(), Recorder()
+        given = {"position_embeddings": turn, "attention_mask": Mask({})}
         try:
-            out, *_ = module(hidden_states=x, **given)
+            out, *_ = module(hidden_states=x, past_key_values=own, **given)
         except Exception:  # what wants other arguments is not of the shape that is known
             return None
-        like = given["past_key_values"].recorded
+        like = own.recorded
         if like is None or not like.projected_by(projections):
             return None
         if any(its_norm.weight.numel() != size for its_norm in its_norms):
@@ -125,8 +127,7 @@ class Attention:
         if joint is None:
             return None
         faster = cls(module, like, joint, [(each.weight, each.epsilon) for each in its_norms])
-        given["past_key_values"] = ours = Recorder()
-        same = near(out, faster(hidden_states=x, **given)[0])
+        same = near(out, faster(hidden_states=x, past_key_values=ours, **given)[0])
         return faster if same and ours.recorded is not None and like.near(ours.recorded) else None
 
     def __call__(self, hidden_states: Tensor, **given: Any) -> Any:
@@ -134,7 +135,7 @@ class Attention:
         if not isinstance(cache, Appends) or not self._turns(hidden_states, turn):
             return self.own(hidden_states, **given)
         states = linear(hidden_states, self.weight, self.bias)[:, 0]
-        token = Unturned(states, *turn, self.queries, self.keys, self.norms)
+        token = Projected(states, self.queries, self.keys, turn, self.norms)
         out = cache.append(self.module.layer_idx, token, self.variant)
         return self.module.o_proj(out.flatten(1)[:, None]), None
 
@@ -148,7 +149,7 @@ class Attention:
 class Layer:
     """A decoder layer whose sums are computed with the norms of them."""
 
-    def __init__(self, layer: nn.Module, first: Norm, second: Norm, following: Norm | None):
+    def __init__(self, layer: Any, first: Norm, second: Norm, following: Norm | None):
         self.layer, self.own = layer, layer.forward
         self.first, self.second, self.following = first, second, following
 
@@ -202,9 +203,7 @@ class Recorded:
         return all(x[0].numel() == each.out_features for x, each in zip(states, projections, strict=True))
 
     def near(self, other: "Recorded") -> bool:
-        return self.variant == other.variant and all(
-            near(getattr(self, name), getattr(other, name)) for name in ("query", "keys", "values")
-        )
+        return all(near(getattr(self, name), getattr(other, name)) for name in ("query", "keys", "values"))
 
 
 class Recorder(TransformersCache):
@@ -223,18 +222,21 @@ class Recorder(TransformersCache):
         self.recorded = Recorded(query, keys, values, variant)
         return values.repeat_interleave(query.shape[1] // values.shape[1], 1)
 
-    def append(self, layer: int, token: Unturned, variant: Variant) -> Tensor:
-        (batch, width), size = token.states.shape, token.cos.shape[-1]
-        rows = batch * token.keys
+    def append(self, layer: int, token: Projected, variant: Variant) -> Tensor:
+        assert token.turn is not None
+        (batch, width), size = token.states.shape, token.turn[0].shape[-1]
+        heads = batch * token.keys
         value_size = (width - (token.queries + token.keys) * size) // token.keys
-        keys, values = (token.states.new_zeros((rows, each)) for each in (size, value_size))
-        slots = torch.arange(rows, device=keys.device)
-        query = append(token, (keys, slots), (values, slots))
-        new = (x.view(batch, token.keys, 1, -1) for x in (keys, values))
-        return self.attend(nn.Identity(), layer, query, *new, Mask({}), variant)
+        # Pages of one token, one for each head.
+        table = torch.arange(heads, dtype=torch.int32, device=token.states.device)[:, None]
+        spans = torch.cat([torch.zeros_like(table), torch.ones_like(table)], 1)
+        keys, values = (Pages(token.states.new_zeros((heads, 1, n)), table, spans) for n in (size, value_size))
+        query = append(token, keys, values, 0)
+        new = (pages.x.view(batch, token.keys, 1, -1) for pages in (keys, values))
+        return self.attend(nn.Identity(), layer, query, next(new), next(new), Mask({}), variant)
 
 
-def joined(parts: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
+def joined(parts: Sequence[Any]) -> tuple[Tensor, Tensor | None] | None:
     """Weights, and biases, of linear layers of one input as one tensor, of which those of the layers become views; None
     where these are not alike."""
     if not all(map(_plain, parts)):
@@ -261,7 +263,7 @@ def _neighbours(parameters: Sequence[nn.Parameter]) -> Tensor:
     return joint
 
 
-def _plain(module: nn.Module | None) -> bool:
+def _plain(module: Any) -> bool:
     """Whether this is a linear layer as torch has it, which nothing hooks into."""
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..attention import Paid, Part, Variant, attend, attend_observed
-from ..attention.kernels import Unturned, append, decode, reads
+from ..attention.kernels import Projected, append, decode, reads
 from ..attention.rotary import Rotary
 from ..memory import Arena, Layout, Segment, Store, StoreLayout, TieredLayout, TieredStore, sent
 from ..plan import Plan
@@ -305,7 +305,8 @@ class LayerGroup:
         """Before the first layer: makes room for one token in every head."""
         columns, heads = {}, self.everyone
         if self.eviction is not None or self.observers or self.rotary:
-            positions = sent(self._per_head(step.before)[heads], self.arena.device)
+            before = sent(step.before, self.arena.device)
+            positions = before.repeat_interleave(self.layer.kv_heads).repeat(self.layers)
             columns["position"] = positions.int()
             columns |= self._unread(positions)
             columns |= {name: column[:, 0] for name, column in self._noted(heads, step).items()}
@@ -318,7 +319,7 @@ class LayerGroup:
 
     def replace_token(self, step: Step) -> None:
         """After sequences have left since ``begin_token``: where the others' entries lie now."""
-        self.store.place_token(self.everyone)
+        self.store.moved_token()
         self._note_token(step)
 
     def _note_token(self, step: Step) -> None:
@@ -351,11 +352,12 @@ class LayerGroup:
         self._observe(number, paid, fresh.step)
         return out
 
-    def append(self, number: int, token: Unturned, variant: Variant) -> Tensor:
-        """As ``token``, of one that is not rotated yet, where ``captures``."""
+    def append(self, number: int, token: Projected, variant: Variant, query: Tensor | None = None) -> Tensor:
+        """As ``token`` where ``captures``, with places that the device finds, so that it can be captured. ``query``
+        [B, H, 1, D]: where the queries are rotated already."""
         heads = self.heads(number)
-        query = append(token, self.store, heads)
-        attended = decode(query, self.store, heads, variant, self._counted)
+        rotated = append(token, self.store, heads)
+        attended = decode(rotated if query is None else query, self.store, heads, variant, self._counted)
         assert attended is not None
         return attended[0]
 

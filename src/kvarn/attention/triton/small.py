@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..kernels import Unturned
+from ..kernels import Pages, Projected
 from .decode import overlaps
 
 _BLOCK = 1024
@@ -17,9 +17,7 @@ _HEADS = 8  # that a program of ``_appended`` rotates
 
 
 @triton.jit
-def _norm(
-    x, added, weight, total, out, size, epsilon, WIDTH: tl.constexpr, ADDED: tl.constexpr, OVERLAP: tl.constexpr
-):
+def _norm(x, added, weight, total, out, size, epsilon, WIDTH: tl.constexpr, ADDED: tl.constexpr, OVERLAP: tl.constexpr):
     """A row of ``x``, or of ``x + added``, which is ``total``."""
     row, place = tl.program_id(0), tl.arange(0, WIDTH)
     there = place < size
@@ -114,27 +112,52 @@ def _turned(
 
 
 @triton.jit
+def _newest(table, spans, width, head, there, PAGE: tl.constexpr):
+    """The slots of the newest tokens of heads, and which of them have one: heads of no sequence are empty."""
+    start = tl.load(spans + 2 * head, mask=there, other=0)
+    length = tl.load(spans + 2 * head + 1, mask=there, other=0)
+    place = tl.maximum(start + length - 1, 0)
+    page = tl.load(table + head.to(tl.int64) * width + place // PAGE, mask=there, other=0)
+    return page.to(tl.int64) * PAGE + place % PAGE, there & (length > 0)
+
+
+@triton.jit
+def _copied(source, target, there, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """Vectors of some heads, ``source`` and ``target`` [BLOCK]."""
+    place = tl.arange(0, WIDTH)[None, :]
+    held = there[:, None] & (place < SIZE)
+    tl.store(target[:, None] + place, tl.load(source[:, None] + place, mask=held, other=0), mask=held)
+
+
+@triton.jit(do_not_specialize=["first"])
 def _appended(
-    states,  # [tokens, (QUERIES + HEADS) * 2 * HALF + HEADS * VALUE]: queries, keys, values of each
+    states,  # [tokens, (QUERIES + HEADS) * SIZE + HEADS * VALUE]: queries, keys, values of each
     cos,
     sin,
     query_weight,
     key_weight,
     keys,
-    key_slots,  # int64 [tokens * HEADS]: rows of ``keys``
+    key_table,
+    key_spans,
     values,
-    value_slots,
-    out,  # [tokens, QUERIES, 2 * HALF]
+    value_table,
+    value_spans,
+    out,  # [tokens, QUERIES, SIZE]
+    first,
     table_row,
+    key_width,
+    value_width,
     query_epsilon,
     key_epsilon,
     QUERIES: tl.constexpr,
     HEADS: tl.constexpr,
-    HALF: tl.constexpr,
+    SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
+    TURNED: tl.constexpr,
     NORMED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -142,12 +165,13 @@ def _appended(
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
-    SIZE: tl.constexpr = 2 * HALF
+    HALF: tl.constexpr = SIZE // 2
     OF_QUERIES: tl.constexpr = (QUERIES + BLOCK - 1) // BLOCK
     OF_KEYS: tl.constexpr = (HEADS + BLOCK - 1) // BLOCK
     token, block = tl.program_id(0), tl.program_id(1)
     states += token.to(tl.int64) * ((QUERIES + HEADS) * SIZE + HEADS * VALUE)
     turn = token * table_row
+    stored = first + token * HEADS
     head = block * BLOCK + tl.arange(0, BLOCK)
     if block < OF_QUERIES:
         there = head < QUERIES
@@ -157,19 +181,18 @@ def _appended(
         _stored(out + (token * QUERIES + head) * SIZE, a, b, there, HALF, WIDTH)
     elif block < OF_QUERIES + OF_KEYS:
         head -= OF_QUERIES * BLOCK
-        there = head < HEADS
+        slot, there = _newest(key_table, key_spans, key_width, stored + head, head < HEADS, PAGE)
         source = states + (QUERIES + head) * SIZE
-        a, b = _rotated(source, there, cos + turn, sin + turn, key_weight, key_epsilon, HALF, WIDTH, NORMED)
-        slot = tl.load(key_slots + token * HEADS + head, mask=there, other=0)
-        _stored(keys + slot * SIZE, a, b, there, HALF, WIDTH)
+        if TURNED:
+            a, b = _rotated(source, there, cos + turn, sin + turn, key_weight, key_epsilon, HALF, WIDTH, NORMED)
+            _stored(keys + slot * SIZE, a, b, there, HALF, WIDTH)
+        else:
+            _copied(source, keys + slot * SIZE, there, SIZE, 2 * WIDTH)
     else:
         head -= (OF_QUERIES + OF_KEYS) * BLOCK
-        there = head < HEADS
-        place = tl.arange(0, VALUE_WIDTH)
-        held = there[:, None] & (place < VALUE)[None, :]
-        vectors = states + ((QUERIES + HEADS) * SIZE + head * VALUE)[:, None] + place[None, :]
-        slot = tl.load(value_slots + token * HEADS + head, mask=there, other=0)
-        tl.store(values + slot[:, None] * VALUE + place[None, :], tl.load(vectors, mask=held, other=0), mask=held)
+        slot, there = _newest(value_table, value_spans, value_width, stored + head, head < HEADS, PAGE)
+        source = states + (QUERIES + HEADS) * SIZE + head * VALUE
+        _copied(source, values + slot * VALUE, there, VALUE, VALUE_WIDTH)
 
 
 def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -230,36 +253,43 @@ def turned(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     return query_out, key_out
 
 
-def append(token: Unturned, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates queries and keys and writes keys and values where they are kept: rows [slots, D] and [slots, V], of which
-    those at int64 [B * K]. Returns the queries [B, H, 1, D]."""
-    (key_rows, key_slots), (value_rows, value_slots) = keys, values
-    states, size, value_size = token.states, key_rows.shape[1], value_rows.shape[1]
+def append(token: Projected, keys: Pages, values: Pages, first: int) -> Tensor:
+    """Rotates queries and keys, and writes keys and values as the newest of heads from ``first`` on. Returns the
+    queries, [B, H, 1, D]."""
+    states, size, value_size = token.states, keys.x.shape[-1], values.x.shape[-1]
     batch, overlap = states.shape[0], overlaps(states.device)
     out = states.new_empty((batch, token.queries, 1, size))
-    (query_weight, query_epsilon), (key_weight, key_epsilon) = token.norms or [(token.cos, 0.0)] * 2
+    cos, sin = token.turn or (states, states)
+    (query_weight, query_epsilon), (key_weight, key_epsilon) = token.norms or [(cos, 0.0)] * 2
     grid = (batch, triton.cdiv(token.queries, _HEADS) + 2 * triton.cdiv(token.keys, _HEADS))
     _appended[grid](
         states,
-        token.cos,
-        token.sin,
+        cos,
+        sin,
         query_weight,
         key_weight,
-        key_rows,
-        key_slots,
-        value_rows,
-        value_slots,
+        keys.x,
+        keys.table,
+        keys.spans,
+        values.x,
+        values.table,
+        values.spans,
         out,
-        0 if token.cos.shape[0] == 1 else size,
+        first,
+        0 if cos.shape[0] == 1 else size,
+        keys.table.stride(0),
+        values.table.stride(0),
         query_epsilon,
         key_epsilon,
         QUERIES=token.queries,
         HEADS=token.keys,
-        HALF=size // 2,
-        WIDTH=triton.next_power_of_2(size // 2),
+        SIZE=size,
+        WIDTH=triton.next_power_of_2(triton.cdiv(size, 2)),
         VALUE=value_size,
         VALUE_WIDTH=triton.next_power_of_2(value_size),
+        PAGE=keys.x.shape[1],
         BLOCK=_HEADS,
+        TURNED=token.turn is not None,
         NORMED=bool(token.norms),
         OVERLAP=overlap,
         num_warps=4,
