@@ -11,8 +11,7 @@ from tiny_models import make_tiny
 
 pytest.importorskip("triton")
 
-from kvarn.attention.triton.small import gated, norm, turned
-from kvarn.engine.fused import fused
+from kvarn.engine.fused import Fused
 from kvarn.engine.graphs import Graphs, widened
 
 ON_CUDA = torch.cuda.is_available()
@@ -25,48 +24,39 @@ DEVICES = [
 PROMPTS = [torch.randint(1, 160, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (20, 37, 9)]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_small_kernels_round_as_the_modules_do(device, dtype):
-    if (device, dtype) == ("cpu", torch.bfloat16):
-        pytest.skip("Triton's interpreter cuts numbers off where bfloat16 rounds")
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape):
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    x, weight = random(3, 1, 96), random(96)
-    wide = x.float()
-    expected = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)
-    exact = {"rtol": 0, "atol": 0} if dtype != torch.float32 else {"rtol": 1e-6, "atol": 1e-6}
-    torch.testing.assert_close(norm(x, weight, 1e-5), expected, **exact)
-    torch.testing.assert_close(gated(x, x.flip(0)), torch.nn.functional.silu(x) * x.flip(0), **exact)
-    query, key = (
-        random(3, 1, 4 * 16).view(3, 1, 4, 16).transpose(1, 2),
-        random(3, 1, 32).view(3, 1, 2, 16).transpose(1, 2),
-    )
-    for rows in (1, 3):
-        cos, sin = random(rows, 1, 16), random(rows, 1, 16)
-        for ours, states in zip(turned(query, key, cos, sin), (query, key), strict=True):
-            half = torch.cat([-states[..., 8:], states[..., :8]], -1)
-            torch.testing.assert_close(ours, states * cos[:, None] + half * sin[:, None], **exact)
+KINDS = {
+    "llama": {"RMSNorm", "MLP", "Attention", "DecoderLayer"},
+    "qwen2": {"RMSNorm", "MLP", "Attention", "DecoderLayer"},  # biases
+    "qwen3": {"RMSNorm", "MLP", "Attention", "DecoderLayer"},  # norms of queries and keys
+    "gemma3": set(),  # one is added to the weights of norms, and the gate is another function
+    "phi3": {"RMSNorm"},  # other projections
+    "mixtral": {"RMSNorm", "Attention", "DecoderLayer"},
+    "gpt_oss": {"RMSNorm"},  # rotations by half rows, and feed-forward layers that give more than one tensor
+}
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_modules_are_replaced_where_they_are_the_same_and_put_back(device):
-    for name, kinds in {"llama": {"LlamaRMSNorm", "LlamaMLP"}, "gemma3": set()}.items():
-        model = make_tiny(name).to(device)
-        with fused(model):
-            replaced = {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
-        assert replaced == kinds, "Gemma adds one to its norms' weights, and its gate is another function"
-        assert not any("forward" in vars(module) for module in model.modules())
+@pytest.mark.parametrize("name", KINDS)
+def test_modules_are_replaced_where_they_are_the_same_and_put_back(name, device):
+    model = make_tiny(name, **({} if name in ("gemma3", "gpt_oss") else {"num_hidden_layers": 1})).to(device)
+    model.set_attn_implementation("kvarn")
+    weights = {key: weight.clone() for key, weight in model.state_dict().items()}
+    ids = torch.arange(1, 7, device=device)[None]
+    before = model(ids).logits
+    fused = Fused(model)
+    with fused.applied():
+        kinds = {type(module).__name__ for module in model.modules() if "forward" in vars(module)} - {"Linear"}
+    assert {kind.removeprefix(type(model).__name__.removesuffix("ForCausalLM")) for kind in kinds} == KINDS[name]
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert all(torch.equal(weight, weights[key]) for key, weight in model.state_dict().items())
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-5, atol=1e-5)
 
 
 class Uncaptured(Graphs):
     """Computes anew what would be replayed."""
 
     def _replayed(self, rows, state):
-        with widened(self.cache.groups, rows), fused(self.model):
+        with widened(self.cache.groups, rows), self.fused.applied():
             return self.computed(rows)
 
 

@@ -1,14 +1,57 @@
 """Decoding steps on a GPU: what the Triton kernels serve. Everything else takes the reference path."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ..memory import Store
+from ..memory import Segment, Store
 from ..memory.kernels import can_run
 from .reference import Paid, Variant
 from .updates import Updates
 
 DEVICES = {"cuda"}  # tests add "cpu", where Triton interprets its kernels
+
+
+@dataclass(frozen=True)
+class Projected:
+    """One token a sequence as its projections give it: ``states`` [B, (H + K) * D + K * V], the ``queries`` (H) before
+    the ``keys`` (K) before values.
+
+    ``turn``: cos and sin [1 or B, 1, D], by which queries and keys are still to be rotated, after an RMSNorm (weight
+    [D] and epsilon) of queries and one of keys where there are ``norms``. None: there are no queries, and keys are
+    rotated.
+    """
+
+    states: Tensor
+    queries: int
+    keys: int
+    turn: tuple[Tensor, Tensor] | None = None
+    norms: Sequence[tuple[Tensor, float]] = ()
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Dense vectors of heads in pages, as they lie on the device: ``x`` [pages, page size, size], ``table`` int32
+    [heads, width], ``spans`` int32 [heads, 2]."""
+
+    x: Tensor
+    table: Tensor
+    spans: Tensor
+
+    @classmethod
+    def of(cls, segment: Segment) -> "Pages":
+        mirror = segment.mirror()
+        return cls(segment.pool.tensors["x"], mirror.table, mirror.spans)
+
+
+def append(token: Projected, store: Store, heads: slice) -> Tensor:
+    """Writes keys and values where ``store.open_token`` made room in ``heads``, a layer's of a store that a kernel
+    reads, and rotates what is to be rotated. Returns the queries, [B, H, 1, D]."""
+    from .triton.small import append
+
+    return append(token, Pages.of(store.keys.tail), Pages.of(store.values.tail), heads.start)
 
 
 def decode(

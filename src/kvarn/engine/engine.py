@@ -11,7 +11,7 @@ from ..budgets import Budget, parse_bytes
 from ..cache import Cache
 from ..errors import OutOfMemory, Refused, Unsupported
 from ..generation import end_tokens, require_room
-from ..memory import Arena
+from ..memory import Arena, fetched
 from ..methods import Method
 from ..recipe import Recipe
 from .requests import Event, Output, Request
@@ -22,6 +22,8 @@ from .text import TextStream
 
 Prompt = str | Sequence[int]
 Sampled = tuple[Tensor, tuple[Tensor, ...] | None]
+Arriving = Callable[[], Tensor]
+Chosen = tuple[Arriving, tuple[Arriving, ...] | None]  # what was sampled, on its way to the host
 
 
 class Engine:
@@ -178,7 +180,9 @@ class Engine:
         for request in rows:
             request.fed += 1
         sampled = sampler(logits if len(new) == len(rows) else logits[new]) if sampler else None
-        # The host settles this step and prepares the next while the device computes; what was chosen is read only then.
+        # The host settles this step and prepares the next while the device computes; what was chosen is read only then,
+        # but sent before, so that it need not wait for what is prepared.
+        chosen = _fetched(sampled)
         room = True
         try:
             batch.settle()
@@ -188,7 +192,7 @@ class Engine:
                     self._runner.prepare(sampled[0])
         except OutOfMemory:
             room = False
-        events += self._taken(chosen_for, sampled)
+        events += self._taken(chosen_for, chosen)
         # Those that have ended have given their pages back.
         return events if room else events + self._with_room(batch.settle)
 
@@ -223,7 +227,7 @@ class Engine:
         request.read += count
         if not request.reading:
             if not request.tokens:
-                events += self._taken([request], self._sampler_of([request])(logits))
+                events += self._taken([request], _fetched(self._sampler_of([request])(logits)))
             if request is self._scheduler.reading:  # its first token was not its last
                 self._join(request)
         return count
@@ -254,11 +258,12 @@ class Engine:
             self._sampler = requests, self._sampler_of(requests)
         return self._sampler[1] if requests else None
 
-    def _taken(self, requests: list[Request], sampled: Sampled | None) -> list[Event]:
+    def _taken(self, requests: list[Request], chosen: Chosen | None) -> list[Event]:
         """Gives each request the token that was chosen for it."""
-        if sampled is None:
+        if chosen is None:
             return []
-        tokens, found = sampled[0].tolist(), sampled[1] and tuple(each.cpu() for each in sampled[1])
+        tokens = chosen[0]().tolist()
+        found = None if chosen[1] is None else tuple(each() for each in chosen[1])
         events = []
         for row, (request, token) in enumerate(zip(requests, tokens, strict=True)):
             events.append(request.take(token, logprobs_of(row, request.sampling, found)))
@@ -333,6 +338,13 @@ class Engine:
         if not tokens or not all(0 <= token < self._vocabulary for token in tokens):
             raise Refused(f"a prompt has at least one token, and all below the vocabulary's {self._vocabulary:,}")
         return tokens
+
+
+def _fetched(sampled: Sampled | None) -> Chosen | None:
+    if sampled is None:
+        return None
+    tokens, found = sampled
+    return fetched(tokens), None if found is None else tuple(fetched(each) for each in found)
 
 
 def _output(events: list[Event]) -> Output:

@@ -1,7 +1,4 @@
-"""The small operations of transformers' modules as one Triton kernel each, for passes that are captured.
-
-A module is replaced only where the kernel gives the same numbers on random ones; everything is put back afterwards.
-"""
+"""The small operations of transformers' modules as few Triton kernels, for passes that are captured."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -12,58 +9,73 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..attention.triton.small import gated, norm, turned
+from ..attention.triton.small import turned
+from .modules import Attention, Layer, Norm, alike, gated_of, linear_of, near
 
 
-@contextmanager
-def fused(model: PreTrainedModel) -> Iterator[None]:
-    """Has the modules of ``model`` compute single tokens by these kernels, where they serve."""
-    replaced: list[nn.Module] = []
-    known: dict[tuple, bool] = {}
-    for module in model.modules():
-        faster = _faster(module)
-        if faster is None:
-            continue
-        key = (type(module), *(parameter.shape for parameter in module.parameters()))
-        if key not in known:
-            known[key] = _same(module, faster)
-        if known[key]:
-            module.forward = faster
-            replaced.append(module)
-    rotations = _rotations(model)
-    try:
-        for home, own in rotations.items():
+class Fused:
+    """The modules of ``model``, which attends through kvarn, that kernels can serve: found, and verified on random
+    numbers, once.
+
+    Weights of projections of one input come to lie in one tensor, of which theirs become views. That takes the memory
+    of one layer's weights for a moment, and leaves the model's parameters and what it computes as they were.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self._forwards: dict[nn.Module, Callable] = {}
+        self._rotations = _rotations(model)
+        modules = [module for module in model.modules() if "forward" not in vars(module)]
+        with torch.no_grad():
+            for faster_of in (Norm.of, linear_of, gated_of):
+                self._add_alike(modules, faster_of)
+            norms = {module: forward for module, forward in self._forwards.items() if isinstance(forward, Norm)}
+            for module in modules:
+                self._add(module, Attention.of(module, norms))
+            for layer, following in _layers(model):
+                self._add(layer, Layer.of(layer, following, norms))
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()  # where the weights were that lie elsewhere now
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Has the modules compute passes of one token a sequence by the kernels; puts everything back afterwards."""
+        for module, forward in self._forwards.items():
+            module.forward = forward
+        for home, own in self._rotations.items():
             setattr(home, "apply_rotary_pos_emb", _rotation(own))  # noqa: B010
-        yield
-    finally:
-        for module in replaced:
-            del module.forward
-        for home, own in rotations.items():
-            setattr(home, "apply_rotary_pos_emb", own)  # noqa: B010
+        try:
+            yield
+        finally:
+            for module in self._forwards:
+                del module.forward
+            for home, own in self._rotations.items():
+                setattr(home, "apply_rotary_pos_emb", own)  # noqa: B010
+
+    def _add(self, module: nn.Module, faster: Callable | None) -> None:
+        if faster is not None:
+            self._forwards[module] = faster
+
+    def _add_alike(self, modules: list[nn.Module], faster_of: Callable[[nn.Module], Callable | None]) -> None:
+        """Adds modules of one tensor; those of the same kind and shape are tried once."""
+        known: dict[tuple, bool] = {}
+        for module in modules:
+            faster = faster_of(module)
+            if faster is None:
+                continue
+            key = (type(module), *(parameter.shape for parameter in module.parameters()))
+            if key not in known:
+                known[key] = alike(module, faster)
+            if known[key]:
+                self._add(module, faster)
 
 
-def _faster(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    weight = getattr(module, "weight", None)
-    if type(module).__name__.endswith("RMSNorm") and isinstance(epsilon, float) and isinstance(weight, Tensor):
-        return lambda x: norm(x, weight, epsilon)
-    parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if all(isinstance(part, nn.Linear) for part in parts) and hasattr(module, "act_fn"):
-        gate, up, down = parts
-        return lambda x: down(gated(gate(x), up(x)))
-    return None
-
-
-def _same(module: nn.Module, faster: Callable[[Tensor], Tensor]) -> bool:
-    """Whether both give the same numbers, but for the order of additions."""
-    weight = next(module.parameters())
-    generator = torch.Generator(weight.device).manual_seed(0)
-    x = torch.randn((2, 1, weight.shape[-1]), generator=generator, dtype=weight.dtype, device=weight.device)
-    return _near(module(x), faster(x))
-
-
-def _near(own: Tensor, ours: Tensor) -> bool:
-    return float((own - ours).abs().max()) <= 4 * torch.finfo(own.dtype).eps * float(own.abs().max())
+def _layers(model: PreTrainedModel) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+    """Decoder layers, each with the norm of what it gives."""
+    for module in model.modules():
+        layers = getattr(module, "layers", None)
+        if isinstance(layers, nn.ModuleList):
+            norms = [getattr(layer, "input_layernorm", None) for layer in layers[1:]]
+            yield from zip(layers, [*norms, getattr(module, "norm", None)], strict=True)
 
 
 def _rotations(model: PreTrainedModel) -> dict[Any, Callable]:
@@ -82,7 +94,7 @@ def _rotation(own: Callable) -> Callable:
         kind = (query.shape[1:], key.shape[1:], query.dtype)
         if kind not in verified and not (query.is_cuda and torch.cuda.is_current_stream_capturing()):
             pairs = zip(own(query, key, cos, sin), turned(query, key, cos, sin), strict=True)
-            verified[kind] = all(_near(a, b) for a, b in pairs)
+            verified[kind] = all(near(a, b) for a, b in pairs)
         if not verified.get(kind):
             return own(query, key, cos, sin)
         return turned(query, key, cos, sin)

@@ -10,9 +10,10 @@ from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
 
 from ..attention.interface import Mask, Pending
+from ..attention.kernels import Projected
 from ..attention.reference import Variant
 from ..cache import Cache
-from ..layers import Fresh, LayerGroup, Step
+from ..layers import LayerGroup, Step
 from ..memory import Segment, sent
 
 _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -20,13 +21,12 @@ _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 
 
 class Pass(TransformersCache):
     """Stands for a cache in one decoding pass of ``rows`` sequences: the layer groups do the work, and nothing else
-    happens. Rows beyond the batch belong to no sequence; what they write goes to spare pages."""
+    happens. Rows beyond the batch belong to no sequence, and nothing is written for them."""
 
     def __init__(self, groups: Sequence[LayerGroup], positions: Tensor):
         super().__init__(layers=[])
+        self._positions = positions
         self._group_of = {number: group for group in groups for number in group.numbers}
-        nothing = torch.zeros(0, dtype=torch.int64)
-        self._step = Step(positions, nothing, nothing, padded=False)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         return Pending(key_states, self, layer_idx), Pending(value_states, self, layer_idx)
@@ -34,7 +34,12 @@ class Pass(TransformersCache):
     def attend(
         self, module: nn.Module, layer: int, query: Tensor, keys: Tensor, values: Tensor, mask: Mask, variant: Variant
     ) -> Tensor:
-        return self._group_of[layer].token(layer, Fresh(query, keys, values, self._step, variant))
+        token = Projected(torch.cat([keys.flatten(1), values.flatten(1)], 1), 0, keys.shape[1])
+        return self._group_of[layer].append(layer, token, self._positions, variant, query)
+
+    def append(self, layer: int, token: Projected, variant: Variant) -> Tensor:
+        """As ``attend``, of a token that is still to be rotated."""
+        return self._group_of[layer].append(layer, token, self._positions, variant)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 1
@@ -52,19 +57,17 @@ class Graphs:
     pages or tables have moved, or when there are twice as many entries as ever."""
 
     def __init__(self, model: PreTrainedModel, cache: Cache, most: int):
+        from .fused import Fused
+
         self.model, self.cache, self.device = model, cache, model.device
         self.sizes = [*(size for size in _SIZES if size < most), most]
         self.ids = torch.zeros((most, 1), dtype=torch.int64, device=self.device)
         self.positions = torch.zeros((most, 1), dtype=torch.int64, device=self.device)
+        self.fused = Fused(model)
         self._captured: dict[int, tuple[tuple, torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory: Any = None  # what the captured passes share
         self._entries = 1  # a power of two that all groups' entries were below so far
         self._prepared: Step | None = None  # the opened step whose buffers are filled
-        # Rows without a sequence write to a page of their own.
-        for store in (group.store for group in cache.groups):
-            for tail in (store.keys.tail, store.values.tail):
-                if tail.pool not in store.spare:
-                    store.spare[tail.pool] = int(tail.pool.allocate(1))
 
     @staticmethod
     def serve(cache: Cache) -> bool:
@@ -96,13 +99,11 @@ class Graphs:
         return logits
 
     def _capture(self, rows: int, state: tuple) -> None:
-        from .fused import fused
-
         self._captured = {size: kept for size, kept in self._captured.items() if kept[0] == state}
         if not self._captured:
             self._memory = None
         stream = torch.cuda.Stream(self.device)
-        with widened(self.cache.groups, rows), fused(self.model):
+        with widened(self.cache.groups, rows), self.fused.applied():
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
                 self.computed(rows)  # compiles and allocates what does so at the first time

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..attention import Paid, Part, Variant, attend, attend_observed
-from ..attention.kernels import decode, reads
+from ..attention.kernels import Projected, append, decode, reads
 from ..attention.rotary import Rotary
 from ..attention.updates import Update, Updates
 from ..memory import Arena, Layout, Segment, Store, StoreLayout, TieredLayout, TieredStore, sent
@@ -315,7 +315,8 @@ class LayerGroup:
         """Before the first layer: makes room for one token in every head."""
         columns, heads = {}, self.everyone
         if self.eviction is not None or self.observers or self.rotary:
-            positions = sent(self._per_head(step.before)[heads], self.arena.device)
+            before = sent(step.before, self.arena.device)
+            positions = before.repeat_interleave(self.layer.kv_heads).repeat(self.layers)
             columns["position"] = positions.int()
             columns |= self._unread(positions)
             columns |= {name: column[:, 0] for name, column in self._noted(heads, step).items()}
@@ -330,7 +331,7 @@ class LayerGroup:
 
     def replace_token(self, step: Step) -> None:
         """After sequences have left since ``begin_token``: where the others' entries lie now."""
-        self.store.place_token(self.everyone)
+        self.store.moved_token()
         self._note_token(step)
 
     def _note_token(self, step: Step) -> None:
@@ -362,6 +363,18 @@ class LayerGroup:
             paid = paid.among(chosen.index, int(self.store.lengths[heads].max()))
         self._observe(number, paid, fresh.step)
         return out
+
+    def append(
+        self, number: int, token: Projected, positions: Tensor, variant: Variant, query: Tensor | None = None
+    ) -> Tensor:
+        """As ``token`` where ``captures``, with places that the device finds, so that it can be captured. ``positions``
+        are int64 [B, 1] on the device. ``query`` [B, H, 1, D]: where the queries are rotated already."""
+        heads = self.heads(number)
+        rotated = append(token, self.store, heads)
+        query = rotated if query is None else query
+        attended = decode(query, self.store, heads, variant, self._counted, updates=self._updates(positions))
+        assert attended is not None
+        return attended[0]
 
     def end_token(self, step: Step) -> None:
         """After the last layer: encodes what is ripe, evicts what is over the capacity."""
@@ -690,9 +703,12 @@ class LayerGroup:
         they do not serve."""
         if self.rotary:
             return None
-        updates = Updates(self.updates, fresh.step.positions) if self.updates else None
+        updates = self._updates(fresh.step.positions)
         observe = bool(self.observing) and updates is None
         return decode(fresh.query, self.store, heads, fresh.variant, self._counted, observe, updates)
+
+    def _updates(self, positions: Tensor) -> Updates | None:
+        return Updates(self.updates, positions) if self.updates else None
 
     def _chosen_part(self, heads: slice, chosen: Chosen) -> Part:
         """What was chosen of a layer."""

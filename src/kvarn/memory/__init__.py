@@ -5,7 +5,7 @@ from .pool import Arena, HostPool, Pool, Tier
 from .segment import Parked, Segment
 from .store import Beside, Layout, Side, SideLayout, Store, StoreLayout, by_pool
 from .tiered import TieredLayout, TieredStore
-from .transfer import sent
+from .transfer import fetched, sent
 
 __all__ = [
     "Arena",
@@ -24,5 +24,6 @@ __all__ = [
     "TieredLayout",
     "TieredStore",
     "by_pool",
+    "fetched",
     "sent",
 ]

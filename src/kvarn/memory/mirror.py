@@ -57,7 +57,7 @@ class Mirror:
         self._changed.clear()
 
     def _copy(self, table: Tensor) -> None:
-        self.table[:, : table.shape[1]].copy_(_pinned(table, self.table), non_blocking=True)
+        self.table[:, : table.shape[1]].copy_(_pinned(table.contiguous(), self.table), non_blocking=True)
 
 
 def _pinned(tensor: Tensor, target: Tensor) -> Tensor:

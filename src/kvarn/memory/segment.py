@@ -16,6 +16,7 @@ from .transfer import sent
 TABLE_ENTRY = 4  # bytes of one page id in a page table
 HEAD_OVERHEAD = 16  # bytes of a head's start and length
 EVERY = slice(None)
+_GROWTH = 1.125
 
 
 @dataclass(slots=True)
@@ -40,7 +41,8 @@ class Segment:
 
     def __init__(self, pool: Pool, heads: int, layers: Sequence[int] = (0,)):
         self.pool, self.format, self.unit = pool, pool.format, pool.format.unit
-        self.table = torch.zeros((heads, 0), dtype=torch.int32)
+        self._room = torch.zeros((heads, 0), dtype=torch.int32)  # the table, and columns that it may take
+        self.table = self._room
         self.starts = torch.zeros(heads, dtype=torch.int64)
         self.lengths = torch.zeros(heads, dtype=torch.int64)
         self.state = {
@@ -70,9 +72,9 @@ class Segment:
 
     @property
     def reserved_bookkeeping_bytes(self) -> int:
-        """Bytes of starts, lengths, states, the page table, which is as wide as its longest head, and the mirror."""
+        """Bytes of starts, lengths, states, the page table with room for its longest head, and the mirror."""
         mirrored = self._mirror.nbytes if self._mirror else 0
-        return self.table.numel() * TABLE_ENTRY + self._head_bytes + mirrored
+        return self._room.numel() * TABLE_ENTRY + self._head_bytes + mirrored
 
     def mirror(self) -> Mirror:
         """Table, starts and lengths on the device, up to date. The first call makes them."""
@@ -553,9 +555,13 @@ class Segment:
         return pages
 
     def _widen(self, width: int) -> None:
-        missing = width - self.table.shape[1]
-        if missing > 0:
-            self.table = torch.cat([self.table, self.table.new_zeros((self.table.shape[0], missing))], 1)
+        before = self.table.shape[1]
+        if width <= before:
+            return
+        if width > self._room.shape[1]:
+            room = max(width, int(before * _GROWTH))
+            self._room = torch.nn.functional.pad(self.table, (0, room - before))
+        self.table = self._room[:, :width]
 
     def _free_beyond(self, heads: slice | Tensor, keep: Tensor) -> None:
         """Releases every page of a head after its first ``keep``."""

@@ -337,8 +337,7 @@ class Store:
         self.values = Side(layout.values, arena, heads, layers)
         self.columns = Segment(arena.pool(layout.columns), heads) if layout.columns else None
         self.beside = {name: Segment(arena.pool(beside.format), heads) for name, beside in layout.beside.items()}
-        self.spare: dict[Pool, int] = {}  # pages where a captured pass may write what belongs to no sequence
-        self._key_slots = self._value_slots = torch.zeros(0, dtype=torch.int64)
+        self._token_slots: tuple[Tensor, Tensor] | None = None  # of every head's opened key, and value, once asked for
 
     @property
     def lengths(self) -> Tensor:
@@ -411,7 +410,7 @@ class Store:
         for segment in targets:
             segment.extend(heads, one)
             segment.settle_span()
-        self.place_token(heads)
+        self.moved_token()
         if self.columns:
             self.columns.put(self.columns.next_slots(heads), dict(columns))
 
@@ -421,28 +420,20 @@ class Store:
             segment.retract(heads)
         self.note_spans()
 
-    def place_token(self, heads: slice | Tensor) -> None:
-        """Notes where the entries lie that ``open_token`` made room for in ``heads``, after heads have moved."""
-        self._key_slots = self._placed(self._key_slots, self.keys.tail, heads)
-        self._value_slots = self._placed(self._value_slots, self.values.tail, heads)
-
-    def _placed(self, before: Tensor, tail: Segment, heads: slice | Tensor) -> Tensor:
-        """The slot of the last token of each head, in the tensor that held them ``before``: captured graphs read it."""
-        count, device = tail.lengths.numel(), tail.pool.device
-        slots = before if before.numel() == count else torch.zeros(count, dtype=torch.int64, device=device)
-        new = tail.next_slots(heads)
-        if new.numel() == count and isinstance(heads, slice):
-            return slots.copy_(new)
-        slots.fill_(self.spare.get(tail.pool, 0) * tail.pool.page_size)
-        return slots.index_copy_(0, sent(tail.ids(heads), device), new)
+    def moved_token(self) -> None:
+        """Heads have moved since ``open_token``: ``put_token`` is to find its places anew."""
+        self._token_slots = None
 
     def put_token(
         self, heads: slice, keys: Tensor, values: Tensor, channels: tuple[slice, slice] = (EVERY, EVERY)
     ) -> None:
         """Writes the keys and values ([R, size]) of the entry that ``open_token`` made room for, or of either these
         ``channels``."""
-        self.keys.tail.put(self._key_slots[heads], self.keys.tail.format.encode(keys), channels[0])
-        self.values.tail.put(self._value_slots[heads], self.values.tail.format.encode(values), channels[1])
+        if self._token_slots is None:
+            self._token_slots = self.keys.tail.next_slots(EVERY), self.values.tail.next_slots(EVERY)
+        key_slots, value_slots = self._token_slots
+        self.keys.tail.put(key_slots[heads], self.keys.tail.format.encode(keys), channels[0])
+        self.values.tail.put(value_slots[heads], self.values.tail.format.encode(values), channels[1])
 
     def wait(self, waits: bool) -> None:
         """While it waits, what is new stays dense and nothing settles, since it will be cut or merged again."""

@@ -146,8 +146,8 @@ class TieredStore(Store):
     def retract_token(self, heads: slice | Tensor) -> None:
         self.upper[-1].retract_token(heads)
 
-    def place_token(self, heads: slice | Tensor) -> None:
-        self.upper[-1].place_token(heads)
+    def moved_token(self) -> None:
+        self.upper[-1].moved_token()
 
     def put_token(
         self, heads: slice, keys: Tensor, values: Tensor, channels: tuple[slice, slice] = (EVERY, EVERY)

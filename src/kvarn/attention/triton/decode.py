@@ -155,7 +155,7 @@ def attend_stored(
     total = int(store.lengths[heads].sum())
     chunk = chunk or tuned.chunk(total, rows, query.device)
     splits = total // chunk + rows  # or fewer
-    overlap = _OVERLAP and _overlaps(query.device)
+    overlap = _OVERLAP and overlaps(query.device)
     partial = query.new_empty((splits, queries, value_tiling.size), dtype=torch.float32)
     extent = query.new_empty((splits, queries, 2), dtype=torch.float32)
     observed = observe or updates is not None
@@ -251,7 +251,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _overlaps(device: torch.device) -> bool:
+def overlaps(device: torch.device) -> bool:
     """Whether kernels can be launched before those are done that they wait for."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
