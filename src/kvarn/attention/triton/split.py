@@ -145,8 +145,8 @@ def attend_split(
         if K_READS >> (part // 2) & 1 and V_READS >> (part % 2) & 1:
             top, total, sums, minima = _attend_part(
                 query, offset, keys, key_tail, values, value_tail, counts, logits, row, head, low, high, k_settled,
-                v_settled, longest, scaling, softcap, top, total, sums, minima, part // 2, part % 2, QUERIES, HEIGHT, BLOCK,
-                STAGES,
+                v_settled, longest, scaling, softcap, top, total, sums, minima, part // 2, part % 2, QUERIES, HEIGHT,
+                BLOCK, STAGES,
                 K_KIND, K_BITS, K_GROUP, K_PAGE, K_SIZE, K_TILES, K_PARTS, K_RUN, K_WIDTH, K_FINE, K_FOLDED, K_TYPE,
                 V_KIND, V_BITS, V_GROUP, V_PAGE, V_SIZE, V_TILES, V_PARTS, V_RUN, V_WIDTH, V_FINE, V_FOLDED, V_TYPE,
                 OFFSET, PACKED, PAGE, CAPPED, COUNTED, OBSERVED,
