@@ -55,7 +55,10 @@ def test_modules_are_replaced_where_they_are_the_same_and_put_back(name, device)
 class Uncaptured(Graphs):
     """Computes anew what would be replayed."""
 
+    passes = 0
+
     def _replayed(self, rows, state):
+        self.passes += 1
         with widened(self.cache.groups, rows), self.fused.applied():
             return self.computed(rows)
 
@@ -71,6 +74,8 @@ class Uncaptured(Graphs):
         ("llama", "scissorhands(history=8, recent=2)", 16),
         ("llama", "lazyeviction(window=4)", 16),
         ("llama", "kivi(bits=4, group=16, residual=16)", None),
+        ("llama", "think(ratio=0.5, window=8, recent=8)", None),
+        ("llama", "zipcache(gap=3)", None),
         ("gemma3", "full", None),
     ],
 )
@@ -94,8 +99,12 @@ def test_a_pass_over_buffers_gives_the_tokens_of_the_cache(architecture, recipe,
 
         engine._runner.capture = capture
     answers = engine.generate(PROMPTS, sampling)
-    assert engine._runner.graphs is not None
+    graphs = engine._runner.graphs
+    assert graphs is not None
+    assert device == "cuda" or graphs.passes > 0
     assert [answer.tokens for answer in answers] == expected
+    segments = [each for group in graphs.cache.groups for each in group.store.segments if each.state]
+    assert {state.data_ptr() for each in segments for state in each.state.values()} <= set(graphs.state())
 
 
 @pytest.mark.gpu

@@ -51,7 +51,8 @@ def append(token: Projected, store: Store, heads: slice) -> Tensor:
     reads, and rotates what is to be rotated. Returns the queries, [B, H, 1, D]."""
     from .triton.small import append
 
-    return append(token, Pages.of(store.keys.tail), Pages.of(store.values.tail), heads.start)
+    newest = store.stores[-1]
+    return append(token, Pages.of(newest.keys.tail), Pages.of(newest.values.tail), heads.start)
 
 
 def decode(
@@ -68,7 +69,7 @@ def decode(
     ``count`` says. ``updates`` are made to columns in place, in pages that nobody shares.
 
     None where no kernel reads this store: on other devices, without Triton, in formats without a kernel, where entries
-    are in host memory or in two precisions.
+    are in host memory.
     """
     if not reads(store):
         return None
@@ -80,7 +81,7 @@ def decode(
 def reads(store: Store, queries: int | None = None) -> bool:
     """Whether a kernel may read this store, for sure where the ``queries`` of a KV head are given."""
     device = store.arena.device
-    if not _serves(device) or type(store) is not Store:
+    if not _serves(device):
         return False
     if any(segment.pool.device.type != device.type for segment in store.segments):
         return False

@@ -71,7 +71,7 @@ class Graphs:
 
     @staticmethod
     def serve(cache: Cache) -> bool:
-        """Whether all that a decoding step of ``cache`` does is kernels over buffers in place."""
+        """Whether all that most decoding steps of ``cache`` do is kernels over buffers in place."""
         return cache.groups[0].arena.device.type == "cuda" and all(group.captures for group in cache.groups)
 
     def decode(self, tokens: Sequence[int]) -> Tensor:
@@ -123,10 +123,11 @@ class Graphs:
 
     def _segments(self) -> Iterator[Segment]:
         for group in self.cache.groups:
-            yield from group.store.keys.segments
-            yield from group.store.values.segments
-            if (group._counted or group.observers) and group.store.columns:
-                yield group.store.columns
+            for store in group.store.stores:
+                yield from store.keys.segments
+                yield from store.values.segments
+                if (group._counted or group.observers) and store.columns:
+                    yield store.columns
 
     def state(self) -> tuple:
         """Where everything lies that a captured pass reads, with its tables up to date, and how many entries it has
@@ -136,6 +137,7 @@ class Graphs:
         mirrors = [segment.mirror() for segment in self._segments()]
         pools = {segment.pool for segment in self._segments()}
         tensors = [tensor for pool in pools for tensor in pool.tensors.values()]
+        tensors += [tensor for segment in self._segments() for tensor in segment.bound]
         places = [*(m.table for m in mirrors), *(m.spans for m in mirrors), *tensors]
         return self._entries, *(x.data_ptr() for x in places)
 

@@ -8,10 +8,11 @@ from .dense import Dense
 from .exempt import Exempt
 from .float8 import Float8
 from .integer import Int
+from .mapped import Mapped, innermost
 from .narrow import Channels, Narrow
 from .nonuniform import NonUniform, exact_numbers
-from .ranged import Ranged
-from .rescaled import Balanced, Separable
+from .ranged import Codes, Ranged
+from .rescaled import Balanced, Rescaled, Separable
 from .rotated import Rotated
 from .sparse import Sparse
 from .spectral import Spectral
@@ -21,6 +22,7 @@ __all__ = [
     "Balanced",
     "Bundled",
     "Channels",
+    "Codes",
     "ColumnType",
     "Columns",
     "Corrected",
@@ -30,9 +32,11 @@ __all__ = [
     "Float8",
     "Format",
     "Int",
+    "Mapped",
     "Narrow",
     "NonUniform",
     "Ranged",
+    "Rescaled",
     "Rotated",
     "Rows",
     "Separable",
@@ -41,4 +45,5 @@ __all__ = [
     "Subspace",
     "Ternary",
     "exact_numbers",
+    "innermost",
 ]

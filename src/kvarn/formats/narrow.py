@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .base import Format, Rows
+from .mapped import Mapped
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Channels:
     recent: int
 
 
-class Narrow(Format):
+class Narrow(Mapped):
     """The channels of each head that matter most to the queries of its prompt, as vectors of ``kept`` numbers in the
     format ``inner``; the others read as 0.
 
@@ -57,6 +58,9 @@ class Narrow(Format):
         numbers = self.inner.decode(rows)
         wide = numbers.new_zeros((*numbers.shape[:-1], self.size))
         return wide.scatter_(-1, self._places(numbers.shape[1]), numbers)
+
+    def asked(self, query: Tensor) -> Tensor:
+        return query.gather(-1, self._places(query.shape[1]))
 
     def _places(self, tokens: int) -> Tensor:
         return self._channels[:, None].expand(-1, tokens, -1)

@@ -7,10 +7,29 @@ from torch import Tensor
 
 from ..errors import RecipeError
 from .base import Format, Rows
+from .mapped import Mapped
 from .packing import FIELDS, pack, packed_size, unpack
 
 
-class Ranged(Format):
+class Codes(Format):
+    """Vectors of ``size`` whole numbers of ``bits`` bits, packed along the channels."""
+
+    def __init__(self, bits: int, size: int):
+        if bits not in FIELDS or bits == 1:
+            raise RecipeError(f"bits={bits}: use 2, 3, 4 or 8")
+        if size % 8:
+            raise RecipeError(f"integer formats need vectors of a multiple of 8 numbers; these have {size}")
+        self.bits, self.size, self.name = bits, size, f"codes{bits}"
+        self.layout = {"codes": ((packed_size(size, bits),), torch.uint8)}
+
+    def encode(self, x: Tensor) -> Rows:
+        return {"codes": pack(x.to(torch.uint8), self.bits)}
+
+    def decode(self, rows: Rows) -> Tensor:
+        return unpack(rows["codes"], self.bits).float()
+
+
+class Ranged(Mapped):
     """Codes of ``bits`` bits between the least and the largest number of each channel, over all tokens of the segment.
 
     Both are the head's state and grow with what comes; a range that grew encodes anew what it held. The channel-wise
@@ -22,12 +41,8 @@ class Ranged(Format):
     grows = True
 
     def __init__(self, bits: int, size: int, dtype: torch.dtype):
-        if bits not in FIELDS or bits == 1:
-            raise RecipeError(f"bits={bits}: use 2, 3, 4 or 8")
-        if size % 8:
-            raise RecipeError(f"integer formats need vectors of a multiple of 8 numbers; these have {size}")
-        self.bits, self.dtype, self.name = bits, dtype, f"int{bits}/head"
-        self.layout = {"codes": ((packed_size(size, bits),), torch.uint8)}
+        self.inner = Codes(bits, size)
+        self.bits, self.dtype, self.layout, self.name = bits, dtype, self.inner.layout, f"int{bits}/head"
         self.state = {"least": ((size,), dtype), "largest": ((size,), dtype)}
 
     def observe(self, x: Tensor, held: Tensor, queries: Tensor) -> Rows:
@@ -50,7 +65,13 @@ class Ranged(Format):
     def encode(self, x: Tensor) -> Rows:
         offset = x.float() - self._least
         codes = torch.where(self._step > 0, offset / self._step, 0).round_().clamp_(0, 2**self.bits - 1)
-        return {"codes": pack(codes.to(torch.uint8), self.bits)}
+        return self.inner.encode(codes)
 
     def decode(self, rows: Rows) -> Tensor:
-        return unpack(rows["codes"], self.bits).float().mul_(self._step).add_(self._least).to(self.dtype)
+        return self.inner.decode(rows).mul_(self._step).add_(self._least).to(self.dtype)
+
+    def asked(self, query: Tensor) -> Tensor:
+        return query.float() * self._step
+
+    def offset(self, query: Tensor) -> Tensor:
+        return (query.float() * self._least).sum(-1)

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from .base import Format, Rows
+from .mapped import Mapped
 
 _ALL = 1 << 40  # queries: those of the whole prompt
 
 
-class Rescaled(Format):
+class Rescaled(Mapped):
     """Vectors of ``size`` numbers in the format ``inner``; the factors follow from the head's state."""
 
-    _factors: Tensor  # [R, 1, size] of the heads that the format was given
+    factors: Tensor  # [R, 1, size] of the heads that the format was given
 
     def __init__(self, inner: Format, name: str):
         self.inner = inner
@@ -23,14 +24,17 @@ class Rescaled(Format):
     def bound(self, factors: Tensor) -> Self:
         """This format for heads of ``factors``, [R, 1, size]."""
         bound = copy(self)
-        bound._factors = factors
+        bound.factors = factors
         return bound
 
     def encode(self, x: Tensor) -> Rows:
-        return self.inner.encode(x * self._factors)
+        return self.inner.encode(x * self.factors)
 
     def decode(self, rows: Rows) -> Tensor:
-        return self.inner.decode(rows) / self._factors
+        return self.inner.decode(rows) / self.factors
+
+    def asked(self, query: Tensor) -> Tensor:
+        return query.float() / self.factors
 
 
 class Balanced(Rescaled):

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from ..errors import RecipeError
 from .base import Format, Rows
+from .mapped import Mapped
 from .packing import places_dtype
 
 
-class Rotated(Format):
+class Rotated(Mapped):
     """Vectors of ``size`` numbers in the format ``inner``, after a Walsh-Hadamard transform of each ``block`` of
     consecutive channels, and turned back on reading.
 
@@ -38,16 +39,19 @@ class Rotated(Format):
         return bound
 
     def encode(self, x: Tensor) -> Rows:
-        turned = self._turned(x)
-        if self.shared:
-            turned = turned.gather(-1, self._order[:, None].expand_as(turned))
-        return self.inner.encode(turned)
+        return self.inner.encode(self._ordered(self._turned(x)))
 
     def decode(self, rows: Rows) -> Tensor:
         turned = self.inner.decode(rows)
         if self.shared:
             turned = turned.scatter(-1, self._order[:, None].expand_as(turned), turned)
         return self._turned(turned)
+
+    def asked(self, query: Tensor) -> Tensor:
+        return self._ordered(self._turned(query.float()))
+
+    def _ordered(self, turned: Tensor) -> Tensor:
+        return turned.gather(-1, self._order[:, None].expand_as(turned)) if self.shared else turned
 
     def _turned(self, x: Tensor) -> Tensor:
         return hadamard(x.float().unflatten(-1, (-1, self.block))).flatten(-2).to(x.dtype)

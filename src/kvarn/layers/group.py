@@ -139,6 +139,16 @@ class LayerGroup:
         return known if len(known) == len(self.observers) and type(self.store) is Store else ()
 
     @property
+    def shows(self) -> bool:
+        """Whether the query of the decoding step under way is shown to observers, and no kernel stands for them."""
+        return bool(self.observing) and not self.updates
+
+    @property
+    def shows_seldom(self) -> bool:
+        """Whether most decoding steps are shown to none of them."""
+        return len(self.updates) == len(self.observers)
+
+    @property
     def _counted(self) -> bool:
         """Whether entries may stand for several."""
         return self.eviction is not None and "count" in self.eviction.columns
@@ -692,10 +702,10 @@ class LayerGroup:
 
     @property
     def captures(self) -> bool:
-        """Whether a decoding step is the same kernels over the same buffers, whatever the heads hold."""
+        """Whether a decoding step that is not shown to observers is the same kernels over the same buffers, whatever
+        heads hold, and most steps are such."""
         known = type(self)._attended is LayerGroup._attended and type(self).token is LayerGroup.token
-        observed = len(self.updates) == len(self.observers)
-        plain = observed and self.selector is None and self.rotary is None
+        plain = self.shows_seldom and self.selector is None and self.rotary is None
         return known and plain and reads(self.store, self.layer.query_heads // self.layer.kv_heads)
 
     def _attended(self, heads: slice, fresh: Fresh) -> tuple[Tensor, Paid | None] | None:
@@ -704,8 +714,7 @@ class LayerGroup:
         if self.rotary:
             return None
         updates = self._updates(fresh.step.positions)
-        observe = bool(self.observing) and updates is None
-        return decode(fresh.query, self.store, heads, fresh.variant, self._counted, observe, updates)
+        return decode(fresh.query, self.store, heads, fresh.variant, self._counted, self.shows, updates)
 
     def _updates(self, positions: Tensor) -> Updates | None:
         return Updates(self.updates, positions) if self.updates else None

@@ -48,6 +48,10 @@ class TieredGroup(LayerGroup):
             return self.observers
         return [observer for observer in self.observers if observer != self.precision.score]
 
+    @property
+    def shows_seldom(self) -> bool:
+        return not super().observers and self.precision.gap is not None
+
     def empty(self, batch: int) -> "TieredGroup":
         return TieredGroup(
             self.numbers, self.layer, self.tiers, self.eviction, self.precision, self.arena, batch, self.rotary

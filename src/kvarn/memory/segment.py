@@ -83,6 +83,11 @@ class Segment:
         self._mirror.update(self.table, self.starts, self.lengths)
         return self._mirror
 
+    @property
+    def bound(self) -> list[Tensor]:
+        """What ``format_of`` reads, at addresses that stay."""
+        return [*self.state.values(), *self._shared.values(), self._row_shared]
+
     # -- growing ------------------------------------------------------------------------------------------------
 
     def pages_to_extend(self, heads: slice | Tensor, counts: Tensor) -> int:

@@ -35,6 +35,11 @@ class SideLayout:
     def settles(self) -> bool:
         return self.format is not self.dense or self.tier == "host"
 
+    @property
+    def settles_at_once(self) -> bool:
+        """Whether nothing stays in the tail."""
+        return self.settles and self.hold == 0 and self.block == 1
+
     def ripe(self, tail: Tensor) -> Tensor:
         """How many tokens of tails of these lengths settle."""
         return (tail - self.hold).clamp(min=0) // self.block * self.block
@@ -338,6 +343,11 @@ class Store:
         self.columns = Segment(arena.pool(layout.columns), heads) if layout.columns else None
         self.beside = {name: Segment(arena.pool(beside.format), heads) for name, beside in layout.beside.items()}
         self._token_slots: tuple[Tensor, Tensor] | None = None  # of every head's opened key, and value, once asked for
+
+    @property
+    def stores(self) -> "list[Store]":
+        """The stores that have the entries, in the order of reading; the last is where new ones come."""
+        return [self]
 
     @property
     def lengths(self) -> Tensor:

@@ -85,7 +85,7 @@ class TieredStore(Store):
 
     @property
     def stores(self) -> list[Store]:
-        """In the order of reading."""
+        """In the order of reading; the last is where new entries come."""
         return [self.low, *self.upper]
 
     @property

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from math import gcd
 from typing import Any
 
@@ -11,18 +12,19 @@ import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
-from ...formats import Dense, Float8, Format, Int
+from ...formats import Codes, Dense, Float8, Format, Int, Mapped, Rescaled, innermost
 from ...memory import Segment, Side, Store
 from ..reference import Paid, Variant
 from ..updates import Updates
 from .columns import put
 from .split import attend_split, merge_splits
-from .tiles import CHANNEL, DENSE, FLOAT8, TOKEN
+from .tiles import CHANNEL, CODES, DENSE, FLOAT8, TOKEN
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _OVERLAP = True
 _MOST_QUERIES = 16  # rows of a tensor-core tile
 _LEAST_CHUNK = 128  # entries of a split
+_SETTLED, _TAIL = 1, 2  # bits: segments of a side
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,12 @@ def tiling(fmt: Format, block: int, exact: bool = False) -> Tiling | None:
     if type(fmt) is Float8:
         run = gcd(fmt.size, 64)
         return Tiling(FLOAT8.value, 8, fmt.size, fmt.size, 1, run, folded=_folds(fmt.size, run, exact))
+    if type(fmt) is Codes:
+        parts = _parts(fmt.bits)
+        return Tiling(CODES.value, fmt.bits, fmt.size, fmt.size, parts, fmt.size // parts)
     if type(fmt) is not Int:
         return None
-    parts = 1 if fmt.bits == 3 else 8 // fmt.bits
+    parts = _parts(fmt.bits)
     whole = fmt.size // parts
     per_channel = fmt.axis == "channel"
     run = gcd(whole, 128 if per_channel else fmt.group)
@@ -80,6 +85,11 @@ def tiling(fmt: Format, block: int, exact: bool = False) -> Tiling | None:
     folded = fmt.bits != 3 and not fine and _folds(fmt.size, run, exact)
     kind = CHANNEL if per_channel else TOKEN
     return Tiling(kind.value, fmt.bits, fmt.group, fmt.size, parts, whole if fine else run, fine, folded)
+
+
+def _parts(bits: int) -> int:
+    """Codes that share a byte."""
+    return 1 if bits == 3 else 8 // bits
 
 
 def _folds(size: int, run: int, exact: bool) -> bool:
@@ -108,21 +118,121 @@ class Tuning:
         return max(-(-total // (room * self.block)) * self.block, _LEAST_CHUNK)
 
 
-def tuning(store: Store) -> Tuning:
-    """What was fastest on an H200 (``benchmarks/gpu/attention.py``)."""
-    settled = [side.settled.format for side in (store.keys, store.values) if side.settled]
-    if not settled:
-        return Tuning(64, 2, 4)
-    units = [fmt.unit for fmt in settled if fmt.unit > 1]
-    bits = [8 if isinstance(fmt, Float8) else fmt.bits for fmt in settled if isinstance(fmt, (Float8, Int))]
-    block = max(16, gcd(16 if 8 in bits else 32, *units))
-    return Tuning(block, 1, 2, registers=128, resident=16) if bits == [2, 2] else Tuning(block, 1, 2, 168, 12)
+@dataclass(frozen=True)
+class Stretch:
+    """The entries that one launch reads: those of a store whose keys, and whose values, lie in these segments of their
+    side (``_SETTLED``, ``_TAIL`` or both)."""
+
+    store: Store
+    keys: int
+    values: int
+
+    def entries(self, heads: slice) -> int:
+        """How many there are."""
+        begin, end = torch.zeros((), dtype=torch.int64), self.store.lengths[heads]
+        for side, reads in ((self.store.keys, self.keys), (self.store.values, self.values)):
+            if side.settled and reads == _SETTLED:
+                end = end.minimum(side.settled.lengths[heads])
+            elif side.settled and reads == _TAIL:
+                begin = begin.maximum(side.settled.lengths[heads])
+        return int((end - begin).clamp(min=0).sum())
+
+    @property
+    def segments(self) -> tuple[Segment, Segment]:
+        """Of keys and of values the segment whose format says how they are cut into tiles."""
+        sides = ((self.store.keys, self.keys), (self.store.values, self.values))
+        keys, values = (side.settled if side.settled and reads & _SETTLED else side.tail for side, reads in sides)
+        return keys, values
+
+    @property
+    def formats(self) -> tuple[Format, Format]:
+        """Those that are read: any map of keys becomes one of queries, but of values only factors are made up for."""
+        keys, values = (segment.format for segment in self.segments)
+        return innermost(keys), values.inner if isinstance(values, Rescaled) else values
+
+    @property
+    def tuning(self) -> Tuning:
+        """What was fastest on an H200 (``benchmarks/gpu/attention.py``)."""
+        settled = [fmt for fmt in self.formats if not isinstance(fmt, Dense)]
+        if not settled:
+            return Tuning(64, 2, 4)
+        units = [fmt.unit for fmt in settled if fmt.unit > 1]
+        bits = [8 if isinstance(fmt, Float8) else fmt.bits for fmt in settled if isinstance(fmt, (Float8, Int, Codes))]
+        block = max(16, gcd(16 if 8 in bits else 32, *units))
+        return Tuning(block, 1, 2, registers=128, resident=16) if bits == [2, 2] else Tuning(block, 1, 2, 168, 12)
+
+    def asked(self, query: Tensor, heads: slice) -> tuple[Tensor, Tensor | None]:
+        """What stored keys are multiplied with in place of ``query`` ([R, G, size]), and what is added to products."""
+        keys, _ = self.segments
+        fmt, offset = keys.format_of(heads), None
+        while isinstance(fmt, Mapped):
+            more = fmt.offset(query)
+            if more is not None:
+                offset = more if offset is None else offset + more
+            query, fmt = fmt.asked(query), fmt.inner
+        return query, offset
+
+    def factors(self, heads: slice) -> Tensor | None:
+        """By what channels of stored values are divided, [R, 1, size]."""
+        _, values = self.segments
+        fmt = values.format_of(heads)
+        return fmt.factors.contiguous() if isinstance(fmt, Rescaled) else None
+
+
+def stretches(store: Store) -> list[Stretch]:
+    """What launches read, so that every entry is read once."""
+    return [
+        Stretch(each, keys, values)
+        for each in store.stores
+        for keys in _apart(each.keys, each is store.stores[-1])
+        for values in _apart(each.values, each is store.stores[-1])
+    ]
+
+
+def _apart(side: Side, grows: bool) -> tuple[int, ...]:
+    """The segments of a side that launches read: what is a map of something else apart from what is not. ``grows``: new
+    tokens come to the tail."""
+    if side.settled is None:
+        return (_TAIL,)
+    if side.layout.settles_at_once and not grows:
+        return (_SETTLED,)
+    return (_SETTLED, _TAIL) if isinstance(side.settled.format, Mapped) else (_SETTLED | _TAIL,)
 
 
 def readable(store: Store, queries: int) -> bool:
     """Whether ``attend_stored`` reads this store, for so many queries of a KV head."""
-    formats = [(side.settled or side.tail).format for side in (store.keys, store.values)]
-    return queries <= _MOST_QUERIES and all(tiling(fmt, tuning(store).block) for fmt in formats)
+    cut = [tiling(fmt, stretch.tuning.block) for stretch in stretches(store) for fmt in stretch.formats]
+    if queries > _MOST_QUERIES or None in cut:
+        return False
+    return _has_float8(store.arena.device) or all(each.kind != FLOAT8.value for each in cut if each)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch of ``attend_split``: which queries ([R, G, size of keys]) read what, in how many splits of how many
+    entries, beginning with split ``ahead`` of all; what is added to products ([R, G]), and by what the channels of
+    values are divided ([R, size of values])."""
+
+    stretch: Stretch
+    tuning: Tuning
+    query: Tensor
+    offset: Tensor | None
+    factors: Tensor | None
+    chunk: int
+    splits: int
+    ahead: int
+
+
+@dataclass(frozen=True)
+class Partials:
+    """What the launches give: of each split the sums of values [splits, G, size] with the largest logit and the sum of
+    weights [splits, G, 2], of each launch where the splits of its rows begin and end [launches, R + 1], and the logits
+    of all entries [R, G, entries], where they are observed."""
+
+    sums: Tensor
+    extent: Tensor
+    bounds: Tensor
+    logits: Tensor | None
 
 
 def attend_stored(
@@ -142,83 +252,149 @@ def attend_stored(
 
     None where the kernels do not read the store's formats.
     """
-    tuned = tuned or tuning(store)
-    exact = query.dtype == torch.float32
-    tilings = [tiling((side.settled or side.tail).format, tuned.block, exact) for side in (store.keys, store.values)]
-    key_tiling, value_tiling = tilings
     rows = heads.stop - heads.start
     queries = query.shape[0] * query.shape[1] // rows
-    if key_tiling is None or value_tiling is None or queries > _MOST_QUERIES:
+    if not readable(store, queries):
         return None
-    if FLOAT8.value in (key_tiling.kind, value_tiling.kind) and not _has_float8(query.device):
-        return None
-    total = int(store.lengths[heads].sum())
-    chunk = chunk or tuned.chunk(total, rows, query.device)
-    splits = total // chunk + rows  # or fewer
-    overlap = _OVERLAP and overlaps(query.device)
-    partial = query.new_empty((splits, queries, value_tiling.size), dtype=torch.float32)
-    extent = query.new_empty((splits, queries, 2), dtype=torch.float32)
+    launches = _planned(query.reshape(rows, queries, -1), store, heads, tuned, chunk)
+    splits = launches[-1].ahead + launches[-1].splits
+    ((size,), _) = store.stores[-1].values.tail.format.layout["x"]
     observed = observe or updates is not None
     entries = _bound(store, heads, updates) if observed else 0
-    logits = query.new_empty((rows, queries, entries), dtype=torch.float32) if observed else extent
-    if observe:
-        logits.fill_(-torch.inf)
-    sums = query.new_empty((rows * queries,), dtype=torch.float32) if observed else extent
-    out = query.new_empty((*query.shape[:3], value_tiling.size))
+    partials = Partials(
+        sums=query.new_empty((splits, queries, size), dtype=torch.float32),
+        extent=query.new_empty((splits, queries, 2), dtype=torch.float32),
+        bounds=query.new_empty((len(launches), rows + 1), dtype=torch.int32),
+        logits=query.new_empty((rows, queries, entries), dtype=torch.float32) if observed else None,
+    )
+    if observe and partials.logits is not None:
+        partials.logits.fill_(-torch.inf)
+    skipped = _skipped(store, heads) if observed else {}
+    for place, launch in enumerate(launches):
+        bounds = partials.bounds[place]
+        _attend(launch, heads, variant, counts, partials, bounds, skipped.get(launch.stretch.store), query.dtype)
+    out, sums = _merged(launches, partials, query, variant, size)
+    if updates is not None and partials.logits is not None:
+        ((columns,), overlap) = (each.columns for each in store.stores), overlaps(query.device)
+        assert columns is not None
+        for update in updates.each:
+            put(update, partials.logits, sums, columns, heads.start, updates.positions, overlap)
+    if not observe or partials.logits is None:
+        return out, None
+    weights = partials.logits.sub_(sums.view(rows, queries, 1)).exp2_()
+    weights = weights.view(query.shape[0], -1, queries, 1, entries)
+    return out, Paid([weights], [torch.ones_like(weights[..., :1])], [entries])
+
+
+def _planned(query: Tensor, store: Store, heads: slice, tuned: Tuning | None, chunk: int | None) -> list[Launch]:
+    """The launches for ``query``, [R, G, size]; ``tuned`` and ``chunk``: in place of what is chosen."""
+    launches: list[Launch] = []
+    ahead = read = 0
+    for stretch in stretches(store):
+        tuning, total = tuned or stretch.tuning, stretch.entries(heads)
+        each = chunk or tuning.chunk(total, query.shape[0], query.device)
+        splits = _room(total, each, query.shape[0])
+        launches.append(
+            Launch(stretch, tuning, *stretch.asked(query, heads), stretch.factors(heads), each, splits, ahead)
+        )
+        ahead, read = ahead + splits, read + total
+    assert read == int(store.lengths[heads].sum())
+    return launches
+
+
+def _room(total: int, chunk: int, rows: int) -> int:
+    """The most splits that so many entries of so many rows have, and one more, so that there is room to grow."""
+    return total // chunk + rows + 1
+
+
+def _attend(
+    launch: Launch,
+    heads: slice,
+    variant: Variant,
+    counts: bool,
+    partials: Partials,
+    bounds: Tensor,
+    skipped: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    stretch, tuning, store = launch.stretch, launch.tuning, launch.stretch.store
+    rows, queries, _ = launch.query.shape
+    key_tiling, value_tiling = (tiling(fmt, tuning.block, dtype == torch.float32) for fmt in stretch.formats)
+    key_segment, value_segment = stretch.segments
+    assert key_tiling
+    assert value_tiling
+    assert store.columns is not None or not counts
     keys, key_tail = _segments(store.keys)
     values, value_tail = _segments(store.values)
-    assert store.columns is not None or not counts
-    columns = _arguments(store.columns, "count") if counts and store.columns else key_tail
-    attend_split[(splits,)](
-        query.contiguous(),
+    overlap, unused, logits = overlaps(launch.query.device), partials.extent, partials.logits
+    attend_split[(launch.splits,)](
+        launch.query.contiguous(),
+        unused if launch.offset is None else launch.offset,
         keys,
         key_tail,
         values,
         value_tail,
-        columns,
-        partial,
-        extent,
-        logits,
+        _arguments(store.columns, "count") if counts and store.columns else key_tail,
+        partials.sums,
+        partials.extent,
+        unused if logits is None else logits,
+        unused if skipped is None else skipped,
+        bounds,
         heads.start,
         rows,
-        chunk,
-        entries,
+        launch.chunk,
+        0 if logits is None else logits.shape[2],
+        launch.ahead,
         variant.scaling,
         variant.softcap or 1.0,
         ROWS=next_power_of_2(rows),
         QUERIES=queries,
         HEIGHT=8 if queries <= 8 else 16,
-        BLOCK=tuned.block,
-        STAGES=tuned.stages,
-        **key_tiling.arguments("K", (store.keys.settled or store.keys.tail).pool.page_size, query.dtype),
-        **value_tiling.arguments("V", (store.values.settled or store.values.tail).pool.page_size, query.dtype),
+        BLOCK=tuning.block,
+        STAGES=tuning.stages,
+        **key_tiling.arguments("K", key_segment.pool.page_size, dtype),
+        **value_tiling.arguments("V", value_segment.pool.page_size, dtype),
+        K_SETTLED=store.keys.settled is not None,
+        V_SETTLED=store.values.settled is not None,
+        K_READS=stretch.keys,
+        V_READS=stretch.values,
+        OFFSET=launch.offset is not None,
+        SKIPS=skipped is not None,
         PACKED=not _INTERPRETED,
         PAGE=store.arena.page_size,
         CAPPED=variant.softcap is not None,
         COUNTED=counts,
-        OBSERVED=observed,
+        OBSERVED=logits is not None,
         OVERLAP=overlap,
-        num_warps=tuned.warps,
-        maxnreg=tuned.registers,
+        num_warps=tuning.warps,
+        maxnreg=tuning.registers,
         launch_pdl=overlap,
     )
+
+
+def _merged(
+    launches: list[Launch], partials: Partials, query: Tensor, variant: Variant, size: int
+) -> tuple[Tensor, Tensor]:
+    """The output [B, H, 1, size], and the log-sum-exps of the logits [R * G] where these are observed."""
+    rows, queries, _ = launches[0].query.shape
+    out, unused = query.new_empty((*query.shape[:3], size)), partials.extent
+    observed, overlap = partials.logits is not None, overlaps(query.device)
+    sums = query.new_empty((rows * queries,), dtype=torch.float32) if observed else unused
     merge_splits[(rows * queries,)](
-        partial,
-        extent,
-        extent if variant.sinks is None else variant.sinks,
-        key_tail,
-        keys,
+        partials.sums,
+        partials.extent,
+        partials.bounds,
+        tuple(unused if launch.factors is None else launch.factors for launch in launches),
+        unused if variant.sinks is None else variant.sinks,
         out,
         sums,
-        heads.start,
         rows,
-        chunk,
         query.shape[1],
-        ROWS=next_power_of_2(rows),
         QUERIES=queries,
-        SETTLED=store.keys.settled is not None,
-        V_SIZE=value_tiling.size,
-        V_WIDTH=next_power_of_2(value_tiling.size),
+        LAUNCHES=len(launches),
+        DIVIDED=sum((launch.factors is not None) << place for place, launch in enumerate(launches)),
+        V_SIZE=size,
+        V_WIDTH=next_power_of_2(size),
         BLOCK=16,
         SINKS=variant.sinks is not None,
         OBSERVED=observed,
@@ -226,15 +402,16 @@ def attend_stored(
         num_warps=4,
         launch_pdl=overlap,
     )
-    if updates is not None:
-        assert store.columns is not None
-        for update in updates.each:
-            put(update, logits, sums, store.columns, heads.start, updates.positions, overlap)
-    if not observe:
-        return out, None
-    weights = logits.sub_(sums.view(rows, queries, 1)).exp2_()
-    weights = weights.view(query.shape[0], -1, queries, 1, entries)
-    return out, Paid([weights], [torch.ones_like(weights[..., :1])], [entries])
+    return out, sums
+
+
+def _skipped(store: Store, heads: slice) -> dict[Store, Tensor]:
+    """How many entries of each head are read before those of each store but the first, int32 [R] on the device."""
+    lengths = [
+        torch.stack([segment.mirror().spans[heads, 1] for segment in each.keys.segments]).sum(0, dtype=torch.int32)
+        for each in store.stores[:-1]
+    ]
+    return dict(zip(store.stores[1:], accumulate(lengths), strict=True))
 
 
 def _bound(store: Store, heads: slice, updates: Updates | None) -> int:
@@ -253,7 +430,7 @@ def _processors(device: torch.device) -> int:
 
 def overlaps(device: torch.device) -> bool:
     """Whether kernels can be launched before those are done that they wait for."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return _OVERLAP and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _has_float8(device: torch.device) -> bool:

@@ -28,9 +28,10 @@ from .tiles import first_channel, numbers, slots
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["first", "rows", "chunk", "longest"])
+@triton.jit(do_not_specialize=["first", "rows", "chunk", "longest", "ahead"])
 def attend_split(
     query,  # [rows * QUERIES, K_SIZE]
+    offset,  # fp32 [rows * QUERIES], added to products with settled keys, where OFFSET
     keys,
     key_tail,
     values,
@@ -39,10 +40,13 @@ def attend_split(
     partial,  # fp32 [splits, QUERIES, V_SIZE]
     extent,  # fp32 [splits, QUERIES, 2]: the largest logit, the sum of weights
     logits,  # fp32 [rows, QUERIES, longest], where OBSERVED
+    skipped,  # int32 [rows]: entries that are read before those of this store, where SKIPS
+    bounds,  # int32 [rows + 1]: where the splits of each row begin and end
     first,
     rows,
     chunk,
     longest,
+    ahead,
     scaling,
     softcap,
     ROWS: tl.constexpr,
@@ -74,6 +78,12 @@ def attend_split(
     V_FINE: tl.constexpr,
     V_FOLDED: tl.constexpr,
     V_TYPE: tl.constexpr,
+    K_SETTLED: tl.constexpr,
+    V_SETTLED: tl.constexpr,
+    K_READS: tl.constexpr,
+    V_READS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    SKIPS: tl.constexpr,
     PACKED: tl.constexpr,
     PAGE: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -81,27 +91,44 @@ def attend_split(
     OBSERVED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """A split of a row: ``chunk`` of its entries."""
+    """A split of a row: ``chunk`` of its entries, or more where there are more than splits have been made room for.
+
+    Of each side the segments in READS are read: SETTLED, TAIL or both. Splits of this kernel are numbered from
+    ``ahead`` on.
+    """
     V_LINES: tl.constexpr = V_RUN // 2 if V_FOLDED else V_WIDTH
     if OVERLAP:
         # Kernels are launched while those before them run: the merge after this one, and this one after others.
         gdc_wait()
         gdc_launch_dependents()
     split = tl.program_id(0)
-    ends = tl.cumsum(_splits(keys, key_tail, first, rows, chunk, K_KIND != 0, ROWS), 0)
+    every = tl.arange(0, ROWS)
+    begins, finishes = _stretch(
+        keys, key_tail, values, first + every, every < rows, K_SETTLED, V_SETTLED, K_READS, V_READS
+    )
+    lengths = tl.maximum(finishes - begins, 0)
+    # Heads may have grown since room was made for splits, where the launch was captured.
+    least = tl.cdiv(tl.cdiv(tl.sum(lengths, 0), tl.num_programs(0) - rows), BLOCK) * BLOCK
+    chunk = tl.maximum(chunk, least)
+    ends = tl.cumsum((lengths + chunk - 1) // chunk, 0)
+    if split == 0:
+        tl.store(bounds, ahead)
+        tl.store(bounds + 1 + every, ahead + ends, mask=every < rows)
     row = tl.sum((ends <= split).to(tl.int32), 0)
     if row >= rows:
         return
     head = first + row
     k_settled = 0
     v_settled = 0
-    if K_KIND != 0:
+    if K_SETTLED:
         k_settled = tl.load(keys[3] + 2 * head + 1)
-    if V_KIND != 0:
+    if V_SETTLED:
         v_settled = tl.load(values[3] + 2 * head + 1)
-    length = k_settled + tl.load(key_tail[3] + 2 * head + 1)
-    low = (split - tl.max(tl.where(ends <= split, ends, 0), 0)) * chunk
-    high = tl.minimum(low + chunk, length)
+    begin, finish = _stretch(keys, key_tail, values, head, True, K_SETTLED, V_SETTLED, K_READS, V_READS)
+    low = begin + (split - tl.max(tl.where(ends <= split, ends, 0), 0)) * chunk
+    high = tl.minimum(low + chunk, finish)
+    if OBSERVED and SKIPS:
+        logits += tl.load(skipped + row)
 
     top = tl.full([HEIGHT], float("-inf"), tl.float32)
     total = tl.zeros([8, HEIGHT], tl.float32)  # to be added up, as the minima
@@ -115,18 +142,18 @@ def attend_split(
     # Keys and values settle at different entries, so a split is cut where either does. Which of two orders the cuts
     # have differs from head to head: of the second and the third loop at most one runs.
     for part in tl.static_range(4):
-        if (K_KIND != 0 or part // 2 == 1) and (V_KIND != 0 or part % 2 == 1):
+        if K_READS >> (part // 2) & 1 and V_READS >> (part % 2) & 1:
             top, total, sums, minima = _attend_part(
-                query, keys, key_tail, values, value_tail, counts, logits, row, head, low, high, k_settled, v_settled,
-                longest, scaling, softcap, top, total, sums, minima, part // 2, part % 2, QUERIES, HEIGHT, BLOCK,
-                STAGES,
+                query, offset, keys, key_tail, values, value_tail, counts, logits, row, head, low, high, k_settled,
+                v_settled, longest, scaling, softcap, top, total, sums, minima, part // 2, part % 2, QUERIES, HEIGHT,
+                BLOCK, STAGES,
                 K_KIND, K_BITS, K_GROUP, K_PAGE, K_SIZE, K_TILES, K_PARTS, K_RUN, K_WIDTH, K_FINE, K_FOLDED, K_TYPE,
                 V_KIND, V_BITS, V_GROUP, V_PAGE, V_SIZE, V_TILES, V_PARTS, V_RUN, V_WIDTH, V_FINE, V_FOLDED, V_TYPE,
-                PACKED, PAGE, CAPPED, COUNTED, OBSERVED,
+                OFFSET, PACKED, PAGE, CAPPED, COUNTED, OBSERVED,
             )  # fmt: skip
 
     line = tl.arange(0, HEIGHT)
-    at = split * QUERIES + line
+    at = (ahead + split) * QUERIES + line
     tl.store(extent + 2 * at, top, mask=line < QUERIES)
     tl.store(extent + 2 * at + 1, tl.sum(total, 0), mask=line < QUERIES)
     place = tl.arange(0, V_LINES)
@@ -145,18 +172,38 @@ def attend_split(
 
 
 @triton.jit
-def _splits(keys, key_tail, first, rows, chunk, SETTLED: tl.constexpr, ROWS: tl.constexpr):
-    """How many splits each row has, [ROWS]: a power of two that is not below ``rows``."""
-    row = tl.arange(0, ROWS)
-    length = tl.load(key_tail[3] + 2 * (first + row) + 1, mask=row < rows, other=0)
-    if SETTLED:
-        length += tl.load(keys[3] + 2 * (first + row) + 1, mask=row < rows, other=0)
-    return (length + chunk - 1) // chunk
+def _stretch(
+    keys,
+    key_tail,
+    values,
+    head,
+    there,
+    K_SETTLED: tl.constexpr,
+    V_SETTLED: tl.constexpr,
+    K_READS: tl.constexpr,
+    V_READS: tl.constexpr,
+):
+    """The first entry of ``head`` that lies in segments that are read, and the one after the last."""
+    begin = tl.zeros_like(head)
+    finish = tl.load(key_tail[3] + 2 * head + 1, mask=there, other=0)
+    if K_SETTLED:
+        settled = tl.load(keys[3] + 2 * head + 1, mask=there, other=0)
+        finish = settled if K_READS == 1 else finish + settled
+        if K_READS == 2:
+            begin = settled
+    if V_SETTLED and V_READS != 3:
+        settled = tl.load(values[3] + 2 * head + 1, mask=there, other=0)
+        if V_READS == 1:
+            finish = tl.minimum(finish, settled)
+        else:
+            begin = tl.maximum(begin, settled)
+    return begin, finish
 
 
 @triton.jit
 def _attend_part(
     query,
+    offset,
     keys,
     key_tail,
     values,
@@ -206,6 +253,7 @@ def _attend_part(
     V_FINE: tl.constexpr,
     V_FOLDED: tl.constexpr,
     V_TYPE: tl.constexpr,
+    OFFSET: tl.constexpr,
     PACKED: tl.constexpr,
     PAGE: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -231,8 +279,8 @@ def _attend_part(
         v_segment = values
     k_folded: tl.constexpr = K_FOLDED and not K_TAIL
     v_folded: tl.constexpr = V_FOLDED and not V_TAIL
-    k_type: tl.constexpr = query.dtype.element_ty if K_TAIL else K_TYPE
-    v_type: tl.constexpr = query.dtype.element_ty if V_TAIL else V_TYPE
+    k_type: tl.constexpr = key_tail[0].dtype.element_ty if K_TAIL else K_TYPE
+    v_type: tl.constexpr = value_tail[0].dtype.element_ty if V_TAIL else V_TYPE
     scale = scaling * LOG2E * (2 / softcap if CAPPED else 1.0)
     if k_folded:
         queries = _woven_queries(query, row, scale, QUERIES, HEIGHT, K_SIZE, K_TILES, K_PARTS, K_RUN)
@@ -240,6 +288,9 @@ def _attend_part(
         queries = _queries(query, row, QUERIES, HEIGHT, K_SIZE, 1, 1, K_SIZE, K_WIDTH, k_type)
     else:
         queries = _queries(query, row, QUERIES, HEIGHT, K_SIZE, K_TILES, K_PARTS, K_RUN, K_WIDTH, k_type)
+    if OFFSET and not K_TAIL:
+        line = tl.arange(0, HEIGHT)
+        shift = tl.load(offset + row * QUERIES + line, mask=line < QUERIES, other=0) * scale
     if v_folded:
         sums = _in_units(sums, False, V_TILES, V_KIND, V_BITS, V_PARTS)
     # Tails are short beside what has settled: their loops should not take shared memory from the others.
@@ -268,6 +319,8 @@ def _attend_part(
             for i in tl.static_range(K_TILES if cut else 1):
                 logit = tl.dot(tiles[i], queries[i], logit, input_precision="ieee")
             logit *= scale
+        if OFFSET and not K_TAIL:
+            logit += shift[None, :]
         if CAPPED:
             # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is right for infinite exponentials too.
             logit = (1 - 2 / (tl.exp2(logit) + 1)) * (softcap * LOG2E)
@@ -488,22 +541,20 @@ def _woven_queries(
     return tiles
 
 
-@triton.jit(do_not_specialize=["first", "rows", "chunk", "heads"])
+@triton.jit(do_not_specialize=["rows", "heads"])
 def merge_splits(
     partial,
     extent,
+    bounds,  # [LAUNCHES, rows + 1]
+    factors,  # of each launch [rows, V_SIZE], by which what it gives is divided, where its bit in DIVIDED is set
     sinks,  # [query heads of a sequence], where SINKS
-    key_tail,
-    keys,
     out,  # [rows * QUERIES, V_SIZE]
     sums,  # fp32 [rows * QUERIES]: log-sum-exps, where OBSERVED
-    first,
     rows,
-    chunk,
     heads,
-    ROWS: tl.constexpr,
     QUERIES: tl.constexpr,
-    SETTLED: tl.constexpr,
+    LAUNCHES: tl.constexpr,
+    DIVIDED: tl.constexpr,
     V_SIZE: tl.constexpr,
     V_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -511,16 +562,12 @@ def merge_splits(
     OBSERVED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """What one query's splits give together, normalized."""
+    """What one query's splits, of all launches, give together, normalized."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
     query = tl.program_id(0)
     row = query // QUERIES
-    splits = _splits(keys, key_tail, first, rows, chunk, SETTLED, ROWS)
-    every = tl.arange(0, ROWS)
-    before = tl.sum(tl.where(every < row, splits, 0), 0)
-    used = tl.sum(tl.where(every == row, splits, 0), 0)
     channel = tl.arange(0, V_WIDTH)
     top = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
@@ -528,21 +575,30 @@ def merge_splits(
         top = tl.load(sinks + query % heads).to(tl.float32) * LOG2E
         total += 1
     result = tl.zeros([V_WIDTH], tl.float32)
-    for base in range(0, used, BLOCK):
-        split = base + tl.arange(0, BLOCK)
-        at = (before + split) * QUERIES + query % QUERIES
-        tops = tl.load(extent + 2 * at, mask=split < used, other=float("-inf"))
-        totals = tl.load(extent + 2 * at + 1, mask=split < used, other=0)
-        there = (split < used)[:, None] & (channel < V_SIZE)[None, :]
-        some = tl.load(partial + at[:, None] * V_SIZE + channel[None, :], mask=there, other=0)
-        higher = tl.maximum(top, tl.max(tops, 0))
-        share = tl.exp2(tops - higher)
-        fade = tl.exp2(top - higher)
-        total = total * fade + tl.sum(share * totals, 0)
-        result = result * fade + tl.sum(share[:, None] * some, 0)
-        top = higher
-    # A head without entries and sinks gives nothing.
-    result = tl.where(total > 0, result / tl.where(total > 0, total, 1), 0)
+    for launch in tl.static_range(LAUNCHES):
+        begin = tl.load(bounds + launch * (rows + 1) + row)
+        end = tl.load(bounds + launch * (rows + 1) + row + 1)
+        if DIVIDED >> launch & 1:
+            factor = tl.load(factors[launch] + row * V_SIZE + channel, mask=channel < V_SIZE, other=1).to(tl.float32)
+        for base in range(begin, end, BLOCK):
+            split = base + tl.arange(0, BLOCK)
+            at = split * QUERIES + query % QUERIES
+            tops = tl.load(extent + 2 * at, mask=split < end, other=float("-inf"))
+            totals = tl.load(extent + 2 * at + 1, mask=split < end, other=0)
+            there = (split < end)[:, None] & (channel < V_SIZE)[None, :]
+            some = tl.load(partial + at[:, None] * V_SIZE + channel[None, :], mask=there, other=0)
+            higher = tl.maximum(top, tl.max(tops, 0))
+            share = tl.exp2(tops - higher)
+            fade = tl.exp2(top - higher)
+            added = tl.sum(share[:, None] * some, 0)
+            if DIVIDED >> launch & 1:
+                added /= factor
+            total = total * fade + tl.sum(share * totals, 0)
+            result = result * fade + added
+            top = higher
+    # A head without entries and sinks gives nothing, and nothing is paid.
+    mass = tl.where(total > 0, total, 1)
+    result = tl.where(total > 0, result / mass, 0)
     tl.store(out + query * V_SIZE + channel, result.to(out.dtype.element_ty), mask=channel < V_SIZE)
     if OBSERVED:
-        tl.store(sums + query, top + tl.log2(total))
+        tl.store(sums + query, tl.where(total > 0, top + tl.log2(mass), 0))

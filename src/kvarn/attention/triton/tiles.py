@@ -13,6 +13,7 @@ DENSE = tl.constexpr(0)
 CHANNEL = tl.constexpr(1)  # integers, a channel of a unit of entries shares a scale
 TOKEN = tl.constexpr(2)  # integers, channels of an entry share a scale
 FLOAT8 = tl.constexpr(3)  # float8, all channels of an entry share a scale
+CODES = tl.constexpr(4)  # integers without scales
 
 
 @triton.jit
@@ -93,7 +94,7 @@ def numbers(
                     codes = _load(x + row * (SIZE // PARTS) + run * RUN, channel, RUN, WIDTH)
                 scales = ()
                 minima = ()
-                for part in tl.static_range(PARTS):
+                for part in tl.static_range(PARTS if KIND != 4 else 0):
                     first = first_channel(run * PARTS + part, PARTS, RUN, SIZE)
                     if FINE and KIND == 1:
                         s, m = _range(ranges, row // GROUP * SIZE + first + channel, channel < RUN)
@@ -109,7 +110,9 @@ def numbers(
                     minima = minima + (m,)
                 for part in tl.static_range(PARTS):
                     code = codes if BITS == 3 else (codes >> (BITS * part)) & ((1 << BITS) - 1)
-                    number = code.to(tl.float32) * scales[part].to(tl.float32) + minima[part].to(tl.float32)
+                    number = code.to(tl.float32)
+                    if KIND != 4:
+                        number = number * scales[part].to(tl.float32) + minima[part].to(tl.float32)
                     tiles = tiles + (number.to(TYPE),)
     return tiles
 
