@@ -235,6 +235,7 @@ def _prefill(model, recipe, entries, tokens, chunk):
         "ms": round(min(times), 1),
         "held_bytes": report.bytes,
         "planned_bytes": cache.plan.bytes[0] if cache.plan else None,
+        "planned_peak_bytes": cache.plan.peak[0] if cache.plan and cache.plan.peak else None,
         "kvarn_peak_bytes": report.peak_bytes,
         "torch_peak_bytes": peaks[-1],
     }

@@ -460,6 +460,7 @@ class Cache(TransformersCache, Reader):
             if not self._opened:
                 self._begin_token(step)
         elif plan is not None:
+            plan = self._with_peak(plan, step, keys.shape[2])
             for group in self._groups:
                 group.allow(plan)
             self._cascade(plan, step)
@@ -495,7 +496,7 @@ class Cache(TransformersCache, Reader):
 
         def divide(number: int, view: PromptView) -> None:
             preferences[number] = policy.preference(view).cpu()
-            self.plan = planner.divided(policy.preferring(preferences))
+            self.plan = replace(planner.divided(policy.preferring(preferences)), peak=plan.peak)
             for group in self._groups:
                 group.shrink(self.plan, number, step.after)
 
@@ -512,6 +513,20 @@ class Cache(TransformersCache, Reader):
         if self._bounded:
             return planner.plan()
         return planner.planned(torch.full((len(self.spec.layers), len(after), planner.heads.kv_heads), UNBOUNDED))
+
+    def _with_peak(self, plan: Plan, step: Step, tokens: int) -> Plan:
+        """``plan`` with its peak in a pass of ``tokens`` tokens, or that of the passes before where it was higher."""
+        held = None
+        if bool(step.before.any()):
+            held = torch.zeros_like(plan.capacity)
+            for group in self._groups:
+                if group.layer.window is None:
+                    held[group.numbers] = group.entries()
+        decodes = not all(group.reads_prompts for group in self._groups)
+        peak = self._planner(step.after, empty=False).peak(plan.capacity, tokens, held, decodes).tolist()
+        if held is not None and self.plan and self.plan.peak:
+            peak = [max(both) for both in zip(peak, self.plan.peak, strict=True)]
+        return replace(plan, peak=peak)
 
     def _planner(self, after: Tensor, empty: bool) -> Planner:
         ends = after.maximum(self._expected)  # of each sequence's prompt

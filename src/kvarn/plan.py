@@ -7,10 +7,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .budgets import UNBOUNDED, Budget, Heads, Policy, allowed_bytes, highest, most_on_average
+from .budgets import UNBOUNDED, Budget, Cascade, Heads, Policy, allowed_bytes, highest, most_on_average
 from .errors import BudgetError
-from .memory import Layout, TieredLayout
-from .reduction import Eviction
+from .memory import Layout, StoreLayout, TieredLayout
+from .reduction import Eviction, Merging
 from .spec import LayerSpec, ModelSpec
 
 
@@ -22,7 +22,8 @@ class Plan:
     keeps everything (layers with a sliding window always do). For each sequence: ``entries``, the mean of that over the
     heads of full-attention layers, with all tokens of the prompt where a head is unbounded; ``bytes``, what all heads
     take at the end of the prompt, or the most that they can take where something was stored before it or heads share
-    what a layer keeps; ``allowed``, the bytes that the budget allows (None: no budget in bytes).
+    what a layer keeps; ``allowed``, the bytes that the budget allows (None: no budget in bytes). ``peak``: the most
+    bytes that each takes while its prompt is read in the passes that a cache has been given (None: in none).
 
     Where the policy says how many entries a head keeps in the higher of two precisions (int64 [layers, B, K]): ``high``
     is what it is cut to, when it is full, or has more high ones than ``most_high``.
@@ -34,6 +35,7 @@ class Plan:
     allowed: list[int | None]
     high: Tensor | None = None
     most_high: Tensor | None = None
+    peak: list[int] | None = None
 
     def selected(self, sequences: list[int]) -> "Plan":
         """The plan of some sequences, which may repeat."""
@@ -44,6 +46,7 @@ class Plan:
             [self.allowed[i] for i in sequences],
             None if self.high is None else self.high[:, sequences],
             None if self.most_high is None else self.most_high[:, sequences],
+            None if self.peak is None else [self.peak[i] for i in sequences],
         )
 
     def joined(self, other: "Plan") -> "Plan":
@@ -59,6 +62,7 @@ class Plan:
             [*self.allowed, *other.allowed],
             both(self.high, other.high),
             both(self.most_high, other.most_high),
+            None if self.peak is None or other.peak is None else self.peak + other.peak,
         )
 
 
@@ -119,6 +123,37 @@ class Planner:
             if layer.window is not None:
                 total = total + layer.kv_heads * self.layouts[layer].most_bytes(torch.tensor(layer.kept_dense(tokens)))
         return total
+
+    def peak(self, capacity: Tensor, tokens: int, held: Tensor | None = None, decodes: bool = True) -> Tensor:
+        """The most bytes that each sequence takes while its prompt is read in passes of ``tokens`` tokens, padding
+        included, into heads of ``capacity`` (int64 [layers, B, K]): int64 [B].
+
+        That is what all heads hold, and what the layer that is being attended to has in hand: pages that are about to
+        be freed, the new keys and values, and, where it ``decodes`` them, those that are stored. ``held`` (int64 as
+        ``capacity``): what heads hold before a single pass; None: the prompt is read from its beginning. Exact for a
+        prompt of a dense recipe in one pass. Where layers share a budget by what they show, the bound is that of a
+        prompt of which nothing is dropped.
+        """
+        entries = torch.minimum(capacity, self.heads.lengths[:, None])
+        if isinstance(self.policy, Cascade):
+            entries = self.heads.lengths[:, None].expand_as(capacity)
+        entries = entries if held is None else torch.maximum(entries, held)
+        stored, longest = entries if held is None else held, int(self.heads.lengths.max())
+        whole = held is None and tokens >= longest
+        before = longest if decodes and not whole else 0
+        total, most_in_hand = self._fixed.clone(), torch.zeros_like(self._fixed)
+        for layer, rows in self._acted_on.items():
+            each, past = (x[rows][:: layer.depth, :, : self.kept[layer].kv_heads] for x in (entries, stored))
+            between = self._between_layers(layer, each)
+            pages = (self._storing(layer, each, tokens, whole) - between).clamp(min=0).sum(2).amax(0)
+            decoded = min(int(past.sum(2).max() if self._shares else past.max()), before)
+            total += between.sum((0, 2))
+            most_in_hand = torch.maximum(most_in_hand, pages + self._in_hand(layer, tokens, decoded))
+        for layer in self.spec.layers:
+            if layer.window is not None:
+                total += layer.kv_heads * self.layouts[layer].open_bytes  # the first token may lie anywhere in a page
+                most_in_hand = most_in_hand.clamp(min=self._in_hand(layer, tokens, min(layer.window - 1, before)))
+        return total + most_in_hand
 
     def divided(self, policy: Policy) -> Plan:
         """The plan where ``policy`` divides the budget."""
@@ -280,6 +315,43 @@ class Planner:
                 taken = self._cost(layer)(entries[rows][:: layer.depth, :, : self.kept[layer].kv_heads])
             total = total + taken.sum((0, 2))
         return total
+
+    def _between_layers(self, layer: LayerSpec, entries: Tensor) -> Tensor:
+        """The most bytes of heads of ``entries`` (int64 [layers, B, K]) while other layers are attended to."""
+        layout = self.layouts[layer]
+        if isinstance(self.policy, Cascade):
+            return layout.most_bytes_storing(entries, entries)  # nothing settles until all layers have told
+        if not self._shares:
+            return layout.most_bytes(entries)
+        held = torch.arange(int(self.heads.lengths.max().maximum(entries.max())) + 1)[None]
+        return _looked_up(most_on_average(layout.most_bytes(held), held), _on_average(entries))
+
+    def _storing(self, layer: LayerSpec, entries: Tensor, tokens: int, whole: bool) -> Tensor:
+        """The most bytes of heads while a pass of ``tokens`` tokens, or the ``whole`` prompt, brings them to
+        ``entries``."""
+        if self._shares:
+            entries = entries.sum(2, keepdim=True).expand_as(entries).minimum(self.heads.lengths.max())
+        moving = entries
+        if isinstance(self.layouts[layer], StoreLayout) and (whole or self.eviction is None):
+            # What comes to an empty head goes straight to its format.
+            moving = torch.full_like(entries, 0 if whole else tokens)
+        return self.layouts[layer].most_bytes_storing(entries, moving)
+
+    def _in_hand(self, layer: LayerSpec, new: int, past: int) -> int:
+        """Bytes of the keys and values that a layer has in hand: so many new ones, and stored ones that are decoded."""
+        kept = self.kept[layer]
+        width = max(layer.entry_numbers, kept.entry_numbers) * self.spec.dtype.itemsize
+        # Bundled layers wait for each other; what is merged, computed from inputs or fetched from the host lies beside
+        # what it is made of.
+        copies = layer.window is None and (
+            isinstance(self.eviction, Merging) or kept is not layer or not isinstance(self.layouts[layer], StoreLayout)
+        )
+        return width * (new + past) * (1 + 2 * layer.depth if copies else 1)
+
+    @cached_property
+    def _shares(self) -> bool:
+        """Whether the heads of a layer share what they may keep."""
+        return self.eviction is not None and self.eviction.across_heads
 
     def _cost(self, layer: LayerSpec) -> Callable[[Tensor], Tensor]:
         """What one head of so many entries takes: exactly, or at most where evictions before have left the formats in

@@ -74,7 +74,7 @@ def test_preemption_loses_nothing(recipe, budget, preemption):
     model = make_tiny("llama", num_hidden_layers=2)
     free = Engine(model, recipe, budget)
     own = free.generate(PROMPTS, Sampling(max_tokens=40))
-    memory = 1.2 * max(free._sizes.most(len(prompt), 40) for prompt in PROMPTS)
+    memory = 1.4 * max(free._sizes.most(len(prompt), 40) for prompt in PROMPTS)
     engine = Engine(model, recipe, budget, memory=int(memory), preemption=preemption)
     answers = engine.generate(PROMPTS, Sampling(max_tokens=40))
     assert [answer.tokens for answer in answers] == [answer.tokens for answer in own]
@@ -107,11 +107,11 @@ def test_seeded_tokens_are_those_of_generate_whatever_the_neighbours():
 
 
 def test_seeded_tokens_survive_preemption():
-    model = make_tiny("llama", num_hidden_layers=1)
+    model = make_tiny("llama", num_hidden_layers=2)
     sampling = Sampling(max_tokens=40, temperature=1.0, seed=5, presence_penalty=0.5)
     own = Engine(model).generate(PROMPTS, sampling)
     for preemption in ("host", "recompute"):
-        engine = Engine(model, memory=int(1.2 * Engine(model)._sizes.most(50, 40)), preemption=preemption)
+        engine = Engine(model, memory=int(1.4 * Engine(model)._sizes.most(50, 40)), preemption=preemption)
         assert [a.tokens for a in engine.generate(PROMPTS, sampling)] == [a.tokens for a in own]
         assert engine.preempted
 

@@ -1,4 +1,4 @@
-"""Decoding steps on a GPU: what the Triton kernels serve. Everything else takes the reference path."""
+"""Attention on a GPU: what the Triton kernels serve. Everything else takes the reference path."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,6 +76,39 @@ def decode(
     from .triton.decode import attend_stored
 
     return attend_stored(query, store, heads, variant, counts, observe, updates)
+
+
+def prompt(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    store: Store,
+    heads: slice,
+    variant: Variant,
+    window: int | None = None,
+    counts: bool = False,
+) -> Tensor | None:
+    """Attention of a prompt's tokens (queries [B, H, q, D], keys and values [B, K, q, D]) over all entries of
+    ``heads``, a layer's, as they lie in their pages, and over themselves up to each: [B, H, q, D]. ``window``: a token
+    reads the newest so many tokens, itself included, and what is stored are the newest before it, in order. ``counts``
+    as for ``decode``.
+
+    None where no kernel reads this store, as for ``decode``.
+    """
+    if not serves_prompts(store):
+        return None
+    from .triton.prompt import attend_prompt
+
+    return attend_prompt(query, keys, values, store, heads, variant, window, counts)
+
+
+def serves_prompts(store: Store) -> bool:
+    """Whether ``prompt`` serves this store."""
+    if not reads(store):
+        return False
+    from .triton.prompt import readable
+
+    return readable(store)
 
 
 def reads(store: Store, queries: int | None = None) -> bool:

@@ -4,22 +4,34 @@ from functools import lru_cache
 
 from ..budgets import Budget
 from ..memory import Arena
+from ..plan import Planner
 from ..recipe import Recipe
 from ..spec import ModelSpec
 from .requests import Request
 
 
 class Sizes:
-    """The most bytes that a sequence takes, by the plan of its prompt."""
+    """The most bytes that a sequence takes, by the plan of its prompt, which is read in chunks of ``chunk`` tokens."""
 
     def __init__(self, recipe: Recipe, spec: ModelSpec, budget: Budget, page_size: int, chunk: int | None):
+        def planner(prompt: int) -> Planner:
+            whole = chunk is None or prompt <= chunk
+            return recipe.planner(spec, budget, [prompt], page_size, empty=whole)
+
         @lru_cache(maxsize=4096)
         def most(prompt: int, tokens: int) -> int:
-            whole = chunk is None or prompt <= chunk
-            return int(recipe.planner(spec, budget, [prompt], page_size, empty=whole).most(prompt + tokens))
+            return int(planner(prompt).most(prompt + tokens))
+
+        @lru_cache(maxsize=4096)
+        def peak(prompt: int) -> int:
+            each = planner(prompt)
+            read = prompt if chunk is None else min(chunk, prompt)
+            return int(each.peak(each.plan().capacity, read + (recipe.tail or 0)))
 
         self.most = most
         """Of a prompt and an answer of so many tokens; raises BudgetError."""
+        self.peak = peak
+        """While a prompt of so many tokens is read, with what a layer has in hand; raises BudgetError."""
         self.step = recipe.planner(spec, budget, [1], page_size).open_bytes
         """The most that a decoding step adds: an open page of every segment of a sequence's heads."""
 
@@ -27,9 +39,9 @@ class Sizes:
 class Scheduler:
     """Requests in the order in which they came: waiting, one that is being read, and those of the running batch.
 
-    A request is admitted when what it takes at its prompt's end (or took when it was preempted) fits beside what is
-    held and a further token of each sequence that runs. When memory is short nevertheless, the newest one goes back to
-    wait in its old place.
+    A request is admitted when the most that it takes while its prompt is read and at its end (or took when it was
+    preempted) fits beside what is held and a further token of each sequence that runs. When memory is short
+    nevertheless, the newest one goes back to wait in its old place.
     """
 
     def __init__(self, arena: Arena, sizes: Sizes, max_batch: int):
@@ -77,5 +89,6 @@ class Scheduler:
         if request.cache is not None:
             needed = request.cache.parked_bytes + self.sizes.step
         else:
-            needed = self.sizes.most(len(request.prompt), len(request.tokens))
+            prompt = len(request.prompt)
+            needed = max(self.sizes.peak(prompt), self.sizes.most(prompt, len(request.tokens)))
         return self.arena.bytes + needed + steps <= self.arena.ceiling

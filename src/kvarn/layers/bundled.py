@@ -58,12 +58,13 @@ class BundledGroup(LayerGroup):
         heads = self.heads(number)
         self._waiting.append(self._by_row(heads, fresh))
         in_hand = sum(side.nbytes for layer in self._waiting for side in layer)
-        self.arena.note_peak(in_hand + (stored.keys.nbytes + stored.values.nbytes if stored else 0))
+        others = in_hand - sum(side.nbytes for side in self._waiting[-1])  # than the layer that is being attended to
+        self.arena.note_peak(others)
         if len(self._waiting) < self.layer.bundle:
             if self.eviction is not None and not self._fits(number, fresh.step):
                 self._worth.append(super()._scores(self.eviction, self._view(heads, stored, fresh)))
             return
-        self.arena.note_peak(2 * in_hand)  # the same once more, side by side
+        self.arena.note_peak(others + in_hand)  # the same once more, side by side
         super()._store_prompt(number, stored, fresh, following)
         self._waiting, self._worth = [], []
         self._bound(heads)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..attention import Paid, Part, Variant, attend, attend_observed
-from ..attention.kernels import Projected, append, decode, reads
+from ..attention.kernels import Projected, append, decode, prompt, reads, serves_prompts
 from ..attention.rotary import Rotary
 from ..attention.updates import Update, Updates
 from ..memory import Arena, Layout, Segment, Store, StoreLayout, TieredLayout, TieredStore, sent
@@ -258,20 +258,24 @@ class LayerGroup:
     def prompt(self, number: int, fresh: Fresh) -> Tensor:
         """Attends new tokens to what is stored and to themselves, exactly, then stores what the recipe keeps."""
         heads = self.heads(number)
-        stored = self._part(heads, None) if int(self.store.lengths[heads].max()) else None
+        past = bool(self.store.lengths[heads].any())
         # A text that scores is to see everything.
         selects = self.selector is not None and fresh.step.following is None
         out = self.selector.prompt(self._reading(number, fresh)) if self.selector and selects else None
+        if out is None and past:
+            out = self._over_pages(heads, fresh)
+        stored = self._candidates(heads) if past and out is not None and self._weighs(number, fresh.step) else None
         if out is None:
+            stored = self._part(heads, None) if past else None
             out = attend(fresh.query, self._exact_parts(heads, stored, fresh), fresh.variant)
         self.prompted = fresh.step.after
-        in_hand = [fresh.keys, fresh.values, *([stored.keys, stored.values] if stored else [])]
-        self.arena.note_peak(sum(tensor.nbytes for tensor in in_hand))
-        asking, fresh = fresh.query, fresh.without_following()
-        self._store_prompt(number, stored, fresh, asking[:, :, fresh.keys.shape[2] :])
-        if self.selector:
-            self.selector.stored(self._reading(number, fresh))
-        if stored is None and self._place[number] == 0:
+        decoded = [stored.keys, stored.values] if stored else []
+        with self.arena.holding(fresh.keys, fresh.values, *decoded):
+            asking, fresh = fresh.query, fresh.without_following()
+            self._store_prompt(number, stored, fresh, asking[:, :, fresh.keys.shape[2] :])
+            if self.selector:
+                self.selector.stored(self._reading(number, fresh))
+        if not past and self._place[number] == 0:
             self.store.reserve_like(heads, self.layers - 1)
         return out
 
@@ -471,11 +475,15 @@ class LayerGroup:
         capacity = self.capacity[self._place[number]]
         return self.eviction is None or self.eviction.fits(held + step.counts[:, None], capacity)
 
+    def _weighs(self, number: int, step: Step) -> bool:
+        """Whether a layer looks at all its candidates at the end of a prompt."""
+        return bool(self.observers) or not self._fits(number, step)
+
     def _store_best(self, number: int, stored: Part | None, fresh: Fresh, following: Tensor) -> None:
         """Keeps the best of what is stored and what is new, by the recipe's score, and what was observed of it."""
         heads, step = self.heads(number), fresh.step
         capacity = self.capacity[self._place[number]]
-        if not self.observers and self._fits(number, step):
+        if not self._weighs(number, step):
             self._append_all(heads, fresh)
             return
         view = self._view(heads, stored, fresh)
@@ -548,8 +556,8 @@ class LayerGroup:
         noted = {name: column.unflatten(0, positions.shape[:2]) for name, column in self._noted(heads, step).items()}
         columns = {"position": positions, **self._unread(positions, step), **noted}
         if stored is not None:
-            old = self._columns(heads)
-            columns = {name: torch.cat([old[name], column], 2) for name, column in columns.items()}
+            before = self._columns(heads)
+            columns = {name: torch.cat([before[name], column], 2) for name, column in columns.items()}
 
         def masked_parts(query_positions: Tensor) -> tuple[Part, ...]:
             new = Part(fresh.keys, fresh.values, self._visible(query_positions, step.positions[:, None]))
@@ -558,8 +566,12 @@ class LayerGroup:
             held = self._held(heads)[:, :, None] & (query_positions >= 0)[:, None, :, None]
             return (replace(stored, mask=held), new)
 
-        masked = step.padded or stored is not None
-        parts = masked_parts(step.positions) if masked else (Part(fresh.keys, fresh.values, causal=True),)
+        if step.padded:
+            parts = masked_parts(step.positions)
+        else:
+            # Masks of a row for each query would take more than all that is held.
+            old = () if stored is None else (replace(stored, mask=self._held(heads)[:, :, None]),)
+            parts = (*old, Part(fresh.keys, fresh.values, causal=True))
         seen = step.after.to(fresh.query.device)
         positions = columns["position"]
         return PromptView(fresh.query, step.positions, parts, fresh.variant, positions, seen, columns, masked_parts)
@@ -695,23 +707,51 @@ class LayerGroup:
     def _part(self, heads: slice, mask: Tensor | None) -> Part:
         shape = (self.batch, self.layer.kv_heads)
         keys, values = self._read(heads)
-        part = Part(keys.unflatten(0, shape), values.unflatten(0, shape), mask)
-        if self._counted:
-            part.log_weight = self.store.read_column(heads, "count").unflatten(0, shape).clamp(min=1).log()
-        return part
+        return Part(keys.unflatten(0, shape), values.unflatten(0, shape), mask, log_weight=self._log_weight(heads))
+
+    def _log_weight(self, heads: slice) -> Tensor | None:
+        """What is added to the logits of a layer's entries where they may stand for several, [B, K, n]."""
+        if not self._counted:
+            return None
+        return self.store.read_column(heads, "count").unflatten(0, (self.batch, -1)).clamp(min=1).log()
+
+    def _candidates(self, heads: slice) -> Part:
+        """What is stored, as scores see it: they read no values, merging does."""
+        if self.rotary or isinstance(self.eviction, Merging):
+            return self._part(heads, None)
+        keys = self.store.read_keys(heads).unflatten(0, (self.batch, -1))
+        return Part(keys, keys[..., :0], log_weight=self._log_weight(heads))
+
+    @property
+    def reads_pages(self) -> bool:
+        """Whether what is stored are keys and values as attention reads them, so that kernels may read the pages."""
+        return self.rotary is None
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether prompts leave what is stored in its pages, in its formats."""
+        return self.eviction is None and self.selector is None and self.reads_pages and serves_prompts(self.store)
+
+    def _over_pages(self, heads: slice, fresh: Fresh) -> Tensor | None:
+        """Attention of a prompt's tokens to all that a layer stores and to themselves, by the kernel, which decodes no
+        copy of it; None where it does not serve."""
+        if not self.reads_pages or fresh.step.padded:
+            return None
+        new = fresh.query, fresh.keys, fresh.values
+        return prompt(*new, self.store, heads, fresh.variant, self.layer.window, self._counted)
 
     @property
     def captures(self) -> bool:
         """Whether a decoding step that is not shown to observers is the same kernels over the same buffers, whatever
         heads hold, and most steps are such."""
-        known = type(self)._attended is LayerGroup._attended and type(self).token is LayerGroup.token
-        plain = self.shows_seldom and self.selector is None and self.rotary is None
+        known = self.reads_pages and type(self).token is LayerGroup.token
+        plain = self.shows_seldom and self.selector is None
         return known and plain and reads(self.store, self.layer.query_heads // self.layer.kv_heads)
 
     def _attended(self, heads: slice, fresh: Fresh) -> tuple[Tensor, Paid | None] | None:
         """Attention of a token to all that a layer stores, and what observers need of it, by the kernels; None where
         they do not serve."""
-        if self.rotary:
+        if not self.reads_pages:
             return None
         updates = self._updates(fresh.step.positions)
         return decode(fresh.query, self.store, heads, fresh.variant, self._counted, self.shows, updates)

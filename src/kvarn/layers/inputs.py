@@ -58,8 +58,9 @@ class InputGroup(LayerGroup):
         known.new = inputs.added(settled.decode(settled.encode(rows)), known.new)
         return rows, rows[..., :0]
 
-    def _attended(self, heads: slice, fresh: Fresh) -> None:
-        """No kernel makes keys and values of what is kept here."""
+    @property
+    def reads_pages(self) -> bool:
+        return False  # no kernel makes keys and values of what is kept here
 
     def _part(self, heads: slice, mask: Tensor | None) -> Part:
         rows, inputs = super()._part(heads, None), self._of(heads)

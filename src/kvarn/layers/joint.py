@@ -39,8 +39,9 @@ class JointGroup(LayerGroup):
         keys, values = super()._rows(heads, fresh)
         return keys.transpose(1, 2).flatten(2)[:, None], values.transpose(1, 2).flatten(2)[:, None]
 
-    def _attended(self, heads: slice, fresh: Fresh) -> None:
-        """No kernel makes keys and values of what is kept here."""
+    @property
+    def reads_pages(self) -> bool:
+        return False  # no kernel makes keys and values of what is kept here
 
     def _part(self, heads: slice, mask: Tensor | None) -> Part:
         rows = self.store.read(heads)

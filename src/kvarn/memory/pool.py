@@ -1,6 +1,7 @@
 """Pages: fixed numbers of slots in a few big tensors, handed out and taken back by integer arithmetic."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -210,6 +211,7 @@ class Arena:
         self.device, self.page_size, self.ceiling = device, page_size, ceiling
         self.pools: dict[tuple, Pool] = {}
         self.peak_bytes = 0
+        self._in_hand = 0
 
     def pool(self, fmt: Format, tier: Tier = "device") -> Pool:
         """The pool of ``fmt``, made at the first asking. Its page size is a multiple of the format's unit."""
@@ -265,8 +267,20 @@ class Arena:
         return pool.used + (self.ceiling - self.bytes) // pool.page_bytes
 
     def note_peak(self, transient: int = 0) -> None:
-        """Remembers the most bytes held on the device at once; ``transient`` of them outside the pools just now."""
-        self.peak_bytes = max(self.peak_bytes, self.bytes + transient)
+        """Remembers the most bytes held on the device at once; ``transient`` of them outside the pools just now, beside
+        what is being held in hand."""
+        self.peak_bytes = max(self.peak_bytes, self.bytes + self._in_hand + transient)
+
+    @contextmanager
+    def holding(self, *tensors: Tensor) -> Iterator[None]:
+        """Counts ``tensors``, which are outside the pools, for the peak."""
+        in_hand = sum(tensor.nbytes for tensor in tensors)
+        self._in_hand += in_hand
+        try:
+            self.note_peak()
+            yield
+        finally:
+            self._in_hand -= in_hand
 
     def _of(self, tier: Tier) -> Iterable[Pool]:
         return (pool for pool in self.pools.values() if pool.tier == tier)

@@ -71,6 +71,17 @@ class SideLayout:
         total = dense + _segment_bytes(self.format, settled, page_size, self.tier)
         return torch.where(settled < 0, 0, total).amax(-1)
 
+    def most_bytes_storing(self, tokens: Tensor, moving: Tensor, page_size: int) -> Tensor:
+        """The most bytes that one head takes at any moment while a prompt brings it to so many tokens: ``moving`` of
+        them may lie in the tail, beside what had waited there, and settle from there."""
+        if not self.settles:
+            return self.bytes(tokens, page_size)
+        tail = torch.minimum(tokens, moving + self.hold + self.block - 1)
+        settled = tokens // self.format.unit * self.format.unit
+        # Its first token may lie anywhere in a page.
+        dense = _segment_bytes(self.dense, tail + page_size - 1, page_size)
+        return dense + _segment_bytes(self.format, settled, page_size, self.tier)
+
 
 class Layout(ABC):
     """How the entries of a head are kept, and so what they take."""
@@ -92,6 +103,11 @@ class Layout(ABC):
     @abstractmethod
     def shared_bytes(self) -> int:
         """Bytes that one layer's sequences share, whatever their tokens."""
+
+    @abstractmethod
+    def most_bytes_storing(self, tokens: Tensor, moving: Tensor) -> Tensor:
+        """The most bytes that one head takes at any moment while a prompt brings it to ``tokens`` entries, of which it
+        moves ``moving`` (int64, alike) at the most: what is new, or all that stay where some leave."""
 
     def most_bytes_of_prompt(self, tokens: Tensor) -> Tensor:
         """``most_bytes`` at the end of a prompt."""
@@ -132,6 +148,10 @@ class StoreLayout(Layout):
     def most_bytes(self, tokens: Tensor) -> Tensor:
         sides = self.keys.most_bytes(tokens, self.page_size) + self.values.most_bytes(tokens, self.page_size)
         return sides + self._rest(tokens)
+
+    def most_bytes_storing(self, tokens: Tensor, moving: Tensor) -> Tensor:
+        sides = [side.most_bytes_storing(tokens, moving, self.page_size) for side in (self.keys, self.values)]
+        return sides[0] + sides[1] + self._rest(tokens)
 
     @property
     def shared_bytes(self) -> int:

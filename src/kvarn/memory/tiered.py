@@ -60,6 +60,11 @@ class TieredLayout(Layout):
         total = self.high.most_bytes(high) + self.low.most_bytes(tokens - high)
         return total + self.fresh.bytes(torch.zeros_like(tokens)) if self.fresh else total
 
+    def most_bytes_storing(self, tokens: Tensor, moving: Tensor) -> Tensor:
+        # Entries enter the one before they leave the other.
+        layouts = [layout for layout in (self.high, self.low, self.fresh) if layout]
+        return torch.stack([layout.most_bytes_storing(tokens, moving) for layout in layouts]).sum(0)
+
     @property
     def shared_bytes(self) -> int:
         return self.high.shared_bytes + self.low.shared_bytes

@@ -8,7 +8,9 @@ from torch import Tensor
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """``tensor`` on ``device``. The host does not wait for what the device still computes."""
-    return tensor.contiguous().pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (
+        tensor.contiguous().pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    )
 
 
 def fetched(tensor: Tensor) -> Callable[[], Tensor]:
