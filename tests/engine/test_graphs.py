@@ -71,6 +71,7 @@ class Uncaptured(Graphs):
         ("llama", "scissorhands(history=8, recent=2)", 16),
         ("llama", "lazyeviction(window=4)", 16),
         ("llama", "kivi(bits=4, group=16, residual=16)", None),
+        ("llama", "fp8", None),
         ("gemma3", "full", None),
     ],
 )
