@@ -1,6 +1,7 @@
 """Decoding steps on a GPU: what the Triton kernels serve. Everything else takes the reference path."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,17 @@ def decode(
     from .triton.decode import attend_stored
 
     return attend_stored(query, store, heads, variant, counts, observe, updates)
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """No kernel reads any store: what is computed is the reference path's, to compare with."""
+    global DEVICES
+    before, DEVICES = DEVICES, set()
+    try:
+        yield
+    finally:
+        DEVICES = before
 
 
 def reads(store: Store, queries: int | None = None) -> bool:
