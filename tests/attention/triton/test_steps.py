@@ -18,6 +18,8 @@ RECIPES = [
     ("h2o + kivi(bits=4, group=16, residual=16)", 36),
     ("keyformer", 20),
     ("razorattention", 20),
+    ("fp8", 10**9),
+    ("h2o + fp8", 20),
 ]
 
 
@@ -60,3 +62,14 @@ def test_what_no_kernel_reads_goes_the_reference_path(recipe, device):
     query = tokens[0][:, :, 40:].to(device)
     assert kernels.decode(query, layer.group.store, heads, VARIANT) is None
     assert bool(layer.token(*(t.to(device) for t in split(tokens, 40, 41))).isfinite().all())
+
+
+def test_kernels_can_be_switched_off(device):
+    tokens = random_tokens(41)
+    layer = OneLayer("full", 10**9, device.type)
+    layer.prompt(*(t.to(device) for t in split(tokens, 0, 40)))
+    arguments = tokens[0][:, :, 40:].to(device), layer.group.store, layer.group.heads(0), VARIANT
+    with pytest.raises(ZeroDivisionError), kernels.reference_only():
+        assert kernels.decode(*arguments) is None
+        raise ZeroDivisionError
+    assert kernels.decode(*arguments) is not None
