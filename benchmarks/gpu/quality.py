@@ -39,6 +39,7 @@ from kvarn.bench.metrics import METRICS
 from kvarn.bench.subjects import KvarnSubject
 from kvarn.bench.tasks import TASKS, Materials, Turn
 from kvarn.memory import Arena
+from kvarn.memory import kernels as memory_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RECIPES = {
@@ -88,7 +89,7 @@ def main() -> None:
     start = time.perf_counter()
     sizes = TINY if options.tiny else Sizes()
     if DEVICE.type == "cpu":
-        kernels.DEVICES = {"cpu"}
+        kernels.DEVICES = memory_kernels.DEVICES = {"cpu"}
     model, tokenizer = kvarn.load(options.model, dtype=getattr(torch, options.dtype), device=DEVICE)
     if options.tiny:
         model.model.layers = model.model.layers[:1]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..memory import Segment, Store
+from ..memory import kernels as of_memory
 from ..memory.kernels import can_run
 from .reference import Paid, Variant
 from .updates import Updates
@@ -80,13 +81,14 @@ def decode(
 
 @contextmanager
 def reference_only() -> Iterator[None]:
-    """No kernel reads any store: what is computed is the reference path's, to compare with."""
+    """No kernel reads, moves or encodes what is stored: what is computed is the reference's, to compare with."""
     global DEVICES
-    before, DEVICES = DEVICES, set()
+    before = DEVICES, of_memory.DEVICES
+    DEVICES, of_memory.DEVICES = set(), set()
     try:
         yield
     finally:
-        DEVICES = before
+        DEVICES, of_memory.DEVICES = before
 
 
 def reads(store: Store, queries: int | None = None) -> bool:

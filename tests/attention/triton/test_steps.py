@@ -69,7 +69,6 @@ def test_kernels_can_be_switched_off(device):
     layer = OneLayer("full", 10**9, device.type)
     layer.prompt(*(t.to(device) for t in split(tokens, 0, 40)))
     arguments = tokens[0][:, :, 40:].to(device), layer.group.store, layer.group.heads(0), VARIANT
-    with pytest.raises(ZeroDivisionError), kernels.reference_only():
+    with kernels.reference_only():
         assert kernels.decode(*arguments) is None
-        raise ZeroDivisionError
     assert kernels.decode(*arguments) is not None
