@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 
 
 # One number that is rounded the other way, or the other of two equal tokens that is chosen, changes what follows.
-CODED = ("kivi", "gear", "mikv", "vidkv", "xquant", "kvquant", "rotatekv", "zipcache", "arkv", "tokenselect")
+CODED = ("kivi", "fp8", "gear", "mikv", "vidkv", "xquant", "kvquant", "rotatekv", "zipcache", "arkv", "tokenselect")
 EXACT = [pair for pair in RECIPES if not any(name in str(pair[0]) for name in CODED)]
 EVERYWHERE = [pair for pair in EXACT if not re.search("fastkv|minicache", str(pair[0]))]
 
@@ -42,6 +42,7 @@ def test_a_gpu_gives_what_the_cpu_gives(architecture, recipe, budget):
     [
         "kivi(bits=4, group=8, residual=16)",
         "h2o + kivi(bits=8, group=8, residual=16)",
+        "h2o + fp8",
         "zipcache(gap=8)",
         "tokenselect(sinks=2, local=8, count=10, chunk=8)",
     ],

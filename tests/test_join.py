@@ -107,6 +107,7 @@ def test_a_fork_joins_and_shared_pages_are_counted_once():
         ("h2o + mikv(low=4)", 0.4),
         ("snapkv(window=8) + think(window=8, recent=8)", 0.5),
         ("snapkv(window=8) + kivi(bits=4, group=16, residual=16)", 0.4),
+        ("h2o + fp8", 0.4),
     ],
 )
 def test_the_host_and_back_bit_by_bit(recipe, budget):

@@ -17,6 +17,7 @@ RECIPES = [
     ("snapkv(window=8)", 0.5),
     ("h2o", 24),
     ("kivi(bits=4, group=16, residual=16)", None),
+    ("snapkv(window=8) + fp8", 32),
     ("snapkv(window=8) + kivi(bits=4, group=16, residual=16)", 32),
     ("mikv(ratio=0.3, low=4)", None),
     ("cake(window=8)", 24),

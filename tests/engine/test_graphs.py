@@ -76,6 +76,7 @@ class Uncaptured(Graphs):
         ("llama", "kivi(bits=4, group=16, residual=16)", None),
         ("llama", "think(ratio=0.5, window=8, recent=8)", None),
         ("llama", "zipcache(gap=3)", None),
+        ("llama", "fp8", None),
         ("gemma3", "full", None),
     ],
 )

@@ -1,12 +1,14 @@
 """Attention on a GPU: what the Triton kernels serve. Everything else takes the reference path."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..memory import Segment, Store
+from ..memory import kernels as of_memory
 from ..memory.kernels import can_run
 from .reference import Paid, Variant
 from .updates import Updates
@@ -109,6 +111,18 @@ def serves_prompts(store: Store) -> bool:
     from .triton.prompt import readable
 
     return readable(store)
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """No kernel reads, moves or encodes what is stored: what is computed is the reference's, to compare with."""
+    global DEVICES
+    before = DEVICES, of_memory.DEVICES
+    DEVICES, of_memory.DEVICES = set(), set()
+    try:
+        yield
+    finally:
+        DEVICES, of_memory.DEVICES = before
 
 
 def reads(store: Store, queries: int | None = None) -> bool:

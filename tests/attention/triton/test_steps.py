@@ -23,6 +23,8 @@ RECIPES = [
     ("think(ratio=0.5, window=8) + kivi(bits=4, group=8, residual=8)", 10**9),
     ("mikv(low=4)", 10**9),
     ("snapkv(window=8) + zipcache(gap=5)", 24),
+    ("fp8", 10**9),
+    ("h2o + fp8", 20),
 ]
 
 
@@ -66,3 +68,13 @@ def test_what_no_kernel_reads_goes_the_reference_path(recipe, device):
     query = tokens[0][:, :, 40:].to(device)
     assert kernels.decode(query, layer.group.store, heads, VARIANT) is None
     assert bool(layer.token(*(t.to(device) for t in split(tokens, 40, 41))).isfinite().all())
+
+
+def test_kernels_can_be_switched_off(device):
+    tokens = random_tokens(41)
+    layer = OneLayer("full", 10**9, device.type)
+    layer.prompt(*(t.to(device) for t in split(tokens, 0, 40)))
+    arguments = tokens[0][:, :, 40:].to(device), layer.group.store, layer.group.heads(0), VARIANT
+    with kernels.reference_only():
+        assert kernels.decode(*arguments) is None
+    assert kernels.decode(*arguments) is not None
