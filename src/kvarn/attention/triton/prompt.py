@@ -41,6 +41,8 @@ def blocks(store: Store, query: Tensor) -> Blocks:
 
 def readable(store: Store) -> bool:
     """Whether ``attend_prompt`` reads this store."""
+    if type(store) is not Store:
+        return False
     formats = [(side.settled or side.tail).format for side in (store.keys, store.values)]
     float8 = any(isinstance(fmt, Float8) for fmt in formats)
     return all(tiling(fmt, 16) for fmt in formats) and (not float8 or _has_float8(store.arena.device))
