@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kvarn.attention import Part, Variant, attend_with_mass
-from kvarn.attention.kernels import decode, reads
+from kvarn.attention.kernels import decode, reads, serves_prompts
 from kvarn.formats import (
     Balanced,
     Columns,
@@ -283,3 +283,9 @@ def test_a_map_of_queries_gives_the_products_of_what_is_decoded(kind):
     assert isinstance(inner, Format)
     assert type(inner) is type(innermost(layout.format))
     torch.testing.assert_close(mapped @ inner.decode(rows).transpose(1, 2) + offset, products, rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_over_what_is_mapped_are_left_to_the_reference(device):
+    assert not serves_prompts(stored("balanced", "dense", device))
+    assert not serves_prompts(stored("dense", "separable", device))
+    assert not serves_prompts(tiered(("dense", "dense"), ("int4", "int4"), device, torch.float32, 2))

@@ -158,8 +158,9 @@ class Stretch:
             return Tuning(64, 2, 4)
         units = [fmt.unit for fmt in settled if fmt.unit > 1]
         bits = [8 if isinstance(fmt, Float8) else fmt.bits for fmt in settled if isinstance(fmt, (Float8, Int, Codes))]
-        block = max(16, gcd(16 if 8 in bits else 32, *units))
-        return Tuning(block, 1, 2, registers=128, resident=16) if bits == [2, 2] else Tuning(block, 1, 2, 168, 12)
+        block = max(16, gcd(32, *units))
+        resident = 16 if bits == [2, 2] else 8 if 8 in bits else 12
+        return Tuning(block, 1, 2, registers={8: 255, 12: 168, 16: 128}[resident], resident=resident)
 
     def asked(self, query: Tensor, heads: slice) -> tuple[Tensor, Tensor | None]:
         """What stored keys are multiplied with in place of ``query`` ([R, G, size]), and what is added to products."""

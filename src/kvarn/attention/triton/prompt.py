@@ -40,8 +40,8 @@ def blocks(store: Store, query: Tensor) -> Blocks:
 
 
 def readable(store: Store) -> bool:
-    """Whether ``attend_prompt`` reads this store."""
-    if type(store) is not Store:
+    """Whether ``attend_prompt`` reads this store: one precision, in formats that are no map of another."""
+    if len(store.stores) > 1:
         return False
     formats = [(side.settled or side.tail).format for side in (store.keys, store.values)]
     float8 = any(isinstance(fmt, Float8) for fmt in formats)
