@@ -7,6 +7,7 @@ import torch
 
 from kvarn import Engine, Sampling
 from kvarn.attention import kernels
+from learnt import kvquant
 from tiny_models import make_tiny
 
 pytest.importorskip("triton")
@@ -78,6 +79,8 @@ class Uncaptured(Graphs):
         ("llama", "zipcache(gap=3)", None),
         ("llama", "fp8", None),
         ("gemma3", "full", None),
+        ("llama", "mustafar(recent=4)", None),
+        ("llama", kvquant(), None),
     ],
 )
 def test_a_pass_over_buffers_gives_the_tokens_of_the_cache(architecture, recipe, budget, device, monkeypatch):

@@ -11,6 +11,7 @@ from ..memory import Segment, Store
 from ..memory import kernels as of_memory
 from ..memory.kernels import can_run
 from .reference import Paid, Variant
+from .rotary import Rotary
 from .updates import Updates
 
 DEVICES = {"cuda"}  # tests add "cpu", where Triton interprets its kernels
@@ -57,6 +58,20 @@ def append(token: Projected, store: Store, heads: slice) -> Tensor:
     return append(token, Pages.of(newest.keys.tail), Pages.of(newest.values.tail), heads.start)
 
 
+def rotated(token: Projected, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, H, 1, D], keys [B, K, 1, D] and values [B, K, 1, V] of a token, rotated; ``size`` is D."""
+    from .triton.small import norm, turned
+
+    first = (token.queries + token.keys) * size
+    query, keys = token.states[:, :first].unflatten(1, (-1, 1, size)).split([token.queries, token.keys], 1)
+    values = token.states[:, first:].unflatten(1, (token.keys, 1, -1))
+    if token.norms:
+        query, keys = (norm(x, *weight) for x, weight in zip((query, keys), token.norms, strict=True))
+    if token.turn:
+        query, keys = turned(query.contiguous(), keys.contiguous(), *token.turn)
+    return query, keys, values
+
+
 def decode(
     query: Tensor,
     store: Store,
@@ -65,10 +80,12 @@ def decode(
     counts: bool = False,
     observe: bool = False,
     updates: Updates | None = None,
+    rotary: Rotary | None = None,
 ) -> tuple[Tensor, Paid | None] | None:
     """Attention of one token's queries ([B, H, 1, D]) over all entries of ``heads``, a layer's, as they lie in their
     pages: [B, H, 1, D], and with ``observe`` what was paid to each entry. ``counts``: entries weigh as their column
-    ``count`` says. ``updates`` are made to columns in place, in pages that nobody shares.
+    ``count`` says. ``updates`` are made to columns in place, in pages that nobody shares. ``rotary``: keys are kept
+    before this rotation, and positions below those reserved of it.
 
     None where no kernel reads this store: on other devices, without Triton, in formats without a kernel, where entries
     are in host memory.
@@ -77,7 +94,7 @@ def decode(
         return None
     from .triton.decode import attend_stored
 
-    return attend_stored(query, store, heads, variant, counts, observe, updates)
+    return attend_stored(query, store, heads, variant, counts, observe, updates, rotary)
 
 
 def prompt(
@@ -125,8 +142,9 @@ def reference_only() -> Iterator[None]:
         DEVICES, of_memory.DEVICES = before
 
 
-def reads(store: Store, queries: int | None = None) -> bool:
-    """Whether a kernel may read this store, for sure where the ``queries`` of a KV head are given."""
+def reads(store: Store, queries: int | None = None, together: int = 1, rotary: Rotary | None = None) -> bool:
+    """Whether a kernel may read this store, for sure where the ``queries`` of a KV head are given. ``together``: KV
+    heads that are one head of the store."""
     device = store.arena.device
     if not _serves(device):
         return False
@@ -136,7 +154,7 @@ def reads(store: Store, queries: int | None = None) -> bool:
         return True
     from .triton.decode import readable
 
-    return readable(store, queries)
+    return readable(store, queries, together, rotary)
 
 
 def _serves(device: torch.device) -> bool:

@@ -126,7 +126,7 @@ class Graphs:
             for store in group.store.stores:
                 yield from store.keys.segments
                 yield from store.values.segments
-                if (group._counted or group.observers) and store.columns:
+                if (group._counted or group.observers or group.rotary) and store.columns:
                     yield store.columns
 
     def state(self) -> tuple:
@@ -139,7 +139,8 @@ class Graphs:
         tensors = [tensor for pool in pools for tensor in pool.tensors.values()]
         tensors += [tensor for segment in self._segments() for tensor in segment.bound]
         places = [*(m.table for m in mirrors), *(m.spans for m in mirrors), *tensors]
-        return self._entries, *(x.data_ptr() for x in places)
+        tables = [address for group in self.cache.groups if group.rotary for address in group.rotary.addresses]
+        return self._entries, *(x.data_ptr() for x in places), *tables
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..attention import Paid, Part, Variant, attend, attend_observed
-from ..attention.kernels import Projected, append, decode, prompt, reads, serves_prompts
+from ..attention.kernels import Projected, append, decode, prompt, reads, rotated, serves_prompts
 from ..attention.rotary import Rotary
 from ..attention.updates import Update, Updates
 from ..memory import Arena, Layout, Segment, Store, StoreLayout, TieredLayout, TieredStore, sent
@@ -152,6 +152,11 @@ class LayerGroup:
     def _counted(self) -> bool:
         """Whether entries may stand for several."""
         return self.eviction is not None and "count" in self.eviction.columns
+
+    @property
+    def _together(self) -> int:
+        """KV heads of a layer that are one head of the store."""
+        return 1
 
     @property
     def rows(self) -> int:
@@ -328,6 +333,8 @@ class LayerGroup:
     def begin_token(self, step: Step) -> None:
         """Before the first layer: makes room for one token in every head."""
         columns, heads = {}, self.everyone
+        if self.rotary:
+            self.rotary.reserve(int(step.after.max()))
         if self.eviction is not None or self.observers or self.rotary:
             before = sent(step.before, self.arena.device)
             positions = before.repeat_interleave(self.layer.kv_heads).repeat(self.layers)
@@ -384,11 +391,25 @@ class LayerGroup:
         """As ``token`` where ``captures``, with places that the device finds, so that it can be captured. ``positions``
         are int64 [B, 1] on the device. ``query`` [B, H, 1, D]: where the queries are rotated already."""
         heads = self.heads(number)
-        rotated = append(token, self.store, heads)
-        query = rotated if query is None else query
-        attended = decode(query, self.store, heads, variant, self._counted, updates=self._updates(positions))
+        if not self._as_read:
+            token, query = self._as_stored(heads, token, positions, variant, query)
+        turned = append(token, self.store, heads)
+        query = turned if query is None else query
+        updates = self._updates(positions)
+        attended = decode(query, self.store, heads, variant, self._counted, updates=updates, rotary=self.rotary)
         assert attended is not None
         return attended[0]
+
+    def _as_stored(
+        self, heads: slice, token: Projected, positions: Tensor, variant: Variant, query: Tensor | None
+    ) -> tuple[Projected, Tensor]:
+        """``token`` as rows of the store, where these are not what the model projects, and the rotated queries."""
+        turned, keys, values = rotated(token, self.layer.key_size // self._together)
+        query = turned if query is None else query
+        nothing = torch.zeros(0, dtype=torch.int64)
+        step = Step(positions, nothing, nothing, padded=False)
+        keys, values = self._rows(heads, Fresh(query, keys, values, step, variant))
+        return Projected(torch.cat([keys.flatten(1), values.flatten(1)], 1), 0, keys.shape[1]), query
 
     def end_token(self, step: Step) -> None:
         """After the last layer: encodes what is ripe, evicts what is over the capacity."""
@@ -679,7 +700,9 @@ class LayerGroup:
         """What the store keeps of new tokens, [B, K, q, size] each."""
         if self.rotary is None:
             return fresh.keys, fresh.values
-        return self.rotary.undo(fresh.keys, fresh.step.positions.clamp(min=0)), fresh.values
+        # A captured pass knows no numbers of tokens: what it reads was reserved.
+        below = int(fresh.step.after.max()) if fresh.step.after.numel() else 0
+        return self.rotary.undo(fresh.keys, fresh.step.positions.clamp(min=0), below), fresh.values
 
     def _exempt(self, fresh: Fresh) -> Tensor:
         """The new tokens that are to be read exactly, bool [B, q]."""
@@ -724,18 +747,23 @@ class LayerGroup:
 
     @property
     def reads_pages(self) -> bool:
-        """Whether what is stored are keys and values as attention reads them, so that kernels may read the pages."""
-        return self.rotary is None
+        """Whether what is stored are keys and values, so that kernels may read the pages."""
+        return True
+
+    @property
+    def _as_read(self) -> bool:
+        """Whether they are those of each head as attention reads them."""
+        return self.reads_pages and self.rotary is None and self._together == 1
 
     @property
     def reads_prompts(self) -> bool:
         """Whether prompts leave what is stored in its pages, in its formats."""
-        return self.eviction is None and self.selector is None and self.reads_pages and serves_prompts(self.store)
+        return self.eviction is None and self.selector is None and self._as_read and serves_prompts(self.store)
 
     def _over_pages(self, heads: slice, fresh: Fresh) -> Tensor | None:
         """Attention of a prompt's tokens to all that a layer stores and to themselves, by the kernel, which decodes no
         copy of it; None where it does not serve."""
-        if not self.reads_pages or fresh.step.padded:
+        if not self._as_read or fresh.step.padded:
             return None
         new = fresh.query, fresh.keys, fresh.values
         return prompt(*new, self.store, heads, fresh.variant, self.layer.window, self._counted)
@@ -746,7 +774,8 @@ class LayerGroup:
         heads hold, and most steps are such."""
         known = self.reads_pages and type(self).token is LayerGroup.token
         plain = self.shows_seldom and self.selector is None
-        return known and plain and reads(self.store, self.layer.query_heads // self.layer.kv_heads)
+        queries = self.layer.query_heads // (self.layer.kv_heads * self._together)
+        return known and plain and reads(self.store, queries, self._together, self.rotary)
 
     def _attended(self, heads: slice, fresh: Fresh) -> tuple[Tensor, Paid | None] | None:
         """Attention of a token to all that a layer stores, and what observers need of it, by the kernels; None where
@@ -754,7 +783,7 @@ class LayerGroup:
         if not self.reads_pages:
             return None
         updates = self._updates(fresh.step.positions)
-        return decode(fresh.query, self.store, heads, fresh.variant, self._counted, self.shows, updates)
+        return decode(fresh.query, self.store, heads, fresh.variant, self._counted, self.shows, updates, self.rotary)
 
     def _updates(self, positions: Tensor) -> Updates | None:
         return Updates(self.updates, positions) if self.updates else None

@@ -35,13 +35,13 @@ class JointGroup(LayerGroup):
         layout = self.store.layout
         return JointGroup(self.numbers, self._whole, layout, self._exemption, self.arena, batch, self.rotary)
 
+    @property
+    def _together(self) -> int:
+        return self._whole.kv_heads
+
     def _rows(self, heads: slice, fresh: Fresh) -> tuple[Tensor, Tensor]:
         keys, values = super()._rows(heads, fresh)
         return keys.transpose(1, 2).flatten(2)[:, None], values.transpose(1, 2).flatten(2)[:, None]
-
-    @property
-    def reads_pages(self) -> bool:
-        return False  # no kernel makes keys and values of what is kept here
 
     def _part(self, heads: slice, mask: Tensor | None) -> Part:
         rows = self.store.read(heads)

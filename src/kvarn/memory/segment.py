@@ -54,7 +54,7 @@ class Segment:
         if self._shared:
             kv_heads = next(iter(pool.of_layers(layers).values())).shape[1]
             each = torch.arange(len(layers) * kv_heads).view(len(layers), 1, kv_heads)
-            self._row_shared = each.expand(-1, heads // each.numel(), -1).flatten().to(pool.arena.device)
+            self._row_shared = each.repeat(1, heads // each.numel(), 1).flatten().to(pool.arena.device)
         self._device_pages: dict[tuple[int, int, int], Tensor] = {}
         self._span: tuple[int, int] | None = None  # start and length, where known to be the same for all heads
         self._mirror: Mirror | None = None  # where a kernel has asked for it
@@ -82,6 +82,11 @@ class Segment:
             self._mirror = Mirror(self.pool.device, self.lengths.numel())
         self._mirror.update(self.table, self.starts, self.lengths)
         return self._mirror
+
+    @property
+    def shared(self) -> tuple[Rows, Tensor]:
+        """What layers share, tensors of [rows, *shape], and each head's row of it (int64 [heads])."""
+        return self._shared, self._row_shared
 
     @property
     def bound(self) -> list[Tensor]:

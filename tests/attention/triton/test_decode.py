@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kvarn.attention import Part, Variant, attend_with_mass
 from kvarn.attention.kernels import decode
-from kvarn.formats import Columns, Dense, Float8, Int, Ternary
+from kvarn.formats import Columns, Dense, Float8, Int, Spectral
 from kvarn.memory import Arena, SideLayout, Store, StoreLayout
 from store_model import CPU
 
@@ -204,7 +204,7 @@ def test_after_entries_have_come_and_gone(device):
 
 def test_what_no_kernel_reads_is_left_to_the_reference(device):
     dense = Dense(16, torch.float32)
-    other = SideLayout(Ternary(16, 0.5, 16, torch.float32), dense, block=16)
+    other = SideLayout(Spectral(8, 16, 16, torch.float32), dense, block=16)
     store = Store(StoreLayout(other, SideLayout(dense, dense), None, 16), Arena(device, 16), 2)
     assert decode(torch.randn(1, 4, 1, 16, device=device), store, slice(0, 2), Variant(1.0)) is None
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kvarn.attention import kernels
+from learnt import kvquant
 from methods.one_layer import VARIANT, OneLayer, random_tokens, split
 
 RECIPES = [
@@ -25,6 +26,10 @@ RECIPES = [
     ("snapkv(window=8) + zipcache(gap=5)", 24),
     ("fp8", 10**9),
     ("h2o + fp8", 20),
+    ("snapkv(window=8) + mustafar(recent=4)", 24),
+    ("gear(group=8, block=8)", 10**9),
+    ("vidkv(key_bits=2.0, group=8, residual=8)", 10**9),
+    (kvquant(), 10**9),
 ]
 
 
@@ -59,7 +64,7 @@ def test_steps_by_kernels_are_those_of_the_reference(recipe, capacity, device, m
                 torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("recipe", ["gear(group=16, block=16)"])
+@pytest.mark.parametrize("recipe", ["vidkv(group=16, residual=16)"])
 def test_what_no_kernel_reads_goes_the_reference_path(recipe, device):
     tokens = random_tokens(41)
     layer = OneLayer(recipe, 10**9, device.type)

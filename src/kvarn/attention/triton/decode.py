@@ -1,7 +1,7 @@
 """Decode attention over the entries of a layer as they lie in their pages, without decoding or joining them."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 from math import gcd
@@ -12,11 +12,27 @@ import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
-from ...formats import Codes, Dense, Float8, Format, Int, Mapped, Rescaled, innermost
+from ...formats import (
+    Codes,
+    Corrected,
+    Dense,
+    Exempt,
+    Float8,
+    Format,
+    Int,
+    Mapped,
+    NonUniform,
+    Rescaled,
+    Sparse,
+    Ternary,
+    innermost,
+)
 from ...memory import Segment, Side, Store
 from ..reference import Paid, Variant
+from ..rotary import Rotary
 from ..updates import Updates
 from .columns import put
+from .kinds import LEVELS_CHANNEL, LEVELS_TOKEN, SPARSE, TERNARY
 from .split import attend_split, merge_splits
 from .tiles import CHANNEL, CODES, DENSE, FLOAT8, TOKEN
 
@@ -24,12 +40,14 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _OVERLAP = True
 _MOST_QUERIES = 16  # rows of a tensor-core tile
 _LEAST_CHUNK = 128  # entries of a split
+_MOST_BESIDE = 64  # exact numbers of a vector, or exact tokens: loops over them are unrolled
 _SETTLED, _TAIL = 1, 2  # bits: segments of a side
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the vectors of a format are cut into tiles (see ``tiles``, and ``folded`` for those that are)."""
+    """How the vectors of a format are cut into tiles (see ``tiles``, and ``folded`` for those that are), and what is
+    kept beside them (see ``kinds``)."""
 
     kind: int
     bits: int
@@ -39,10 +57,16 @@ class Tiling:
     run: int
     fine: bool = False
     folded: bool = False
+    beside: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     @property
     def tiles(self) -> int:
         return 2 * self.size // self.run if self.folded else self.size // self.run
+
+    @property
+    def plain(self) -> bool:
+        """Whether ``tiles.numbers`` gives all of it."""
+        return self.kind < SPARSE.value and not any(self.beside)
 
     def arguments(self, side: str, page: int, dtype: torch.dtype) -> dict[str, Any]:
         """Constants of the kernels, named for a side; ``dtype``: the model's."""
@@ -60,18 +84,34 @@ class Tiling:
             "FINE": self.fine,
             "FOLDED": self.folded,
             "TYPE": number,
+            "BESIDE": self.beside,
         }
         return {f"{side}_{name}": constant for name, constant in constants.items()}
 
 
-def tiling(fmt: Format, block: int, exact: bool = False) -> Tiling | None:
-    """How the kernels read ``fmt`` in blocks of so many entries; None: they do not. ``exact``: numbers in fp32."""
-    if type(fmt) is Dense:
-        ((size,), _) = fmt.layout["x"]
-        return Tiling(DENSE.value, 16, size, size, 1, size)
+def tiling(fmt: Format, block: int, exact: bool = False, heads: int = 1, turns: bool = False) -> Tiling | None:
+    """How the kernels read ``fmt`` in blocks of so many entries; None: they do not. ``exact``: numbers in fp32;
+    ``heads``: KV heads whose vectors are one row; ``turns``: tiles are cut so that channels half a vector apart lie at
+    the same places of two tiles."""
+    cut = _joint_tiling(fmt, heads) or (_tiling(fmt, block, exact) if heads == 1 else None)
+    if cut is None or max(cut.beside[0], cut.beside[1], cut.beside[3]) > _MOST_BESIDE:
+        return None
+    if turns:
+        cut = replace(cut, run=gcd(cut.run, cut.size // 2) if cut.parts == 1 else cut.run, folded=False)
+    return cut
+
+
+def _tiling(fmt: Format, block: int, exact: bool) -> Tiling | None:
     if type(fmt) is Float8:
         run = gcd(fmt.size, 64)
         return Tiling(FLOAT8.value, 8, fmt.size, fmt.size, 1, run, folded=_folds(fmt.size, run, exact))
+    if type(fmt) is Sparse:
+        return Tiling(SPARSE.value, 1, fmt.kept, fmt.size, 8, fmt.size // 8)
+    if type(fmt) is Ternary:
+        return Tiling(TERNARY.value, 2, fmt.unit, fmt.size, 1, fmt.size)
+    if type(fmt) is Corrected:
+        cut = _tiling(fmt.backbone, block, exact)
+        return cut and replace(cut, folded=False, beside=(2 * fmt.each_side, fmt.rank, fmt.unit, 0))
     if type(fmt) is Codes:
         parts = _parts(fmt.bits)
         return Tiling(CODES.value, fmt.bits, fmt.size, fmt.size, parts, fmt.size // parts)
@@ -85,6 +125,20 @@ def tiling(fmt: Format, block: int, exact: bool = False) -> Tiling | None:
     folded = fmt.bits != 3 and not fine and _folds(fmt.size, run, exact)
     kind = CHANNEL if per_channel else TOKEN
     return Tiling(kind.value, fmt.bits, fmt.group, fmt.size, parts, whole if fine else run, fine, folded)
+
+
+def _joint_tiling(fmt: Format, heads: int) -> Tiling | None:
+    """Of formats that are read where ``heads`` KV heads have one row too."""
+    if type(fmt) is Dense:
+        ((row,), _) = fmt.layout["x"]
+        return Tiling(DENSE.value, 16, row, row // heads, 1, row // heads)
+    if type(fmt) is NonUniform:
+        kind, size = LEVELS_CHANNEL if fmt.fixed else LEVELS_TOKEN, fmt.size // heads
+        return Tiling(kind.value, fmt.bits, size, size, 1, size, beside=(fmt.exact, 0, 0, 0))
+    if type(fmt) is Exempt and type(fmt.inner) is NonUniform:
+        cut = _joint_tiling(fmt.inner, heads)
+        return cut and replace(cut, beside=(*cut.beside[:3], fmt.most))
+    return None
 
 
 def _parts(bits: int) -> int:
@@ -157,14 +211,26 @@ class Stretch:
         if not settled:
             return Tuning(64, 2, 4)
         units = [fmt.unit for fmt in settled if fmt.unit > 1]
+        if not all(isinstance(fmt, Dense | Float8 | Int | Codes) for fmt in settled):
+            return Tuning(max(16, gcd(32, *units)), 4, 2)  # not measured yet
         bits = [8 if isinstance(fmt, Float8) else fmt.bits for fmt in settled if isinstance(fmt, (Float8, Int, Codes))]
         block = max(16, gcd(32, *units))
         resident = 16 if bits == [2, 2] else 8 if 8 in bits else 12
         return Tuning(block, 1, 2, registers={8: 255, 12: 168, 16: 128}[resident], resident=resident)
 
+    def tilings(self, block: int, exact: bool, together: int, rotary: Rotary | None) -> list[Tiling | None]:
+        """How keys and values are read, None: they are not; as for ``tiling``."""
+        keys, values = self.formats
+        cut = tiling(keys, block, exact, together, rotary is not None)
+        if cut and rotary and (rotary.halves != cut.size or isinstance(self.segments[0].format, Mapped)):
+            cut = None
+        return [cut, tiling(values, block, exact, together)]
+
     def asked(self, query: Tensor, heads: slice) -> tuple[Tensor, Tensor | None]:
         """What stored keys are multiplied with in place of ``query`` ([R, G, size]), and what is added to products."""
         keys, _ = self.segments
+        if not isinstance(keys.format, Mapped):
+            return query, None
         fmt, offset = keys.format_of(heads), None
         while isinstance(fmt, Mapped):
             more = fmt.offset(query)
@@ -176,8 +242,11 @@ class Stretch:
     def factors(self, heads: slice) -> Tensor | None:
         """By what channels of stored values are divided, [R, 1, size]."""
         _, values = self.segments
+        if not isinstance(values.format, Rescaled):
+            return None
         fmt = values.format_of(heads)
-        return fmt.factors.contiguous() if isinstance(fmt, Rescaled) else None
+        assert isinstance(fmt, Rescaled)
+        return fmt.factors.contiguous()
 
 
 def stretches(store: Store) -> list[Stretch]:
@@ -200,19 +269,21 @@ def _apart(side: Side, grows: bool) -> tuple[int, ...]:
     return (_SETTLED, _TAIL) if isinstance(side.settled.format, Mapped) else (_SETTLED | _TAIL,)
 
 
-def readable(store: Store, queries: int) -> bool:
-    """Whether ``attend_stored`` reads this store, for so many queries of a KV head."""
-    cut = [tiling(fmt, stretch.tuning.block) for stretch in stretches(store) for fmt in stretch.formats]
+def readable(store: Store, queries: int, together: int = 1, rotary: Rotary | None = None) -> bool:
+    """Whether ``attend_stored`` reads this store, for so many queries of a KV head, ``together`` of which are one head
+    of the store."""
+    each = [stretch.tilings(stretch.tuning.block, False, together, rotary) for stretch in stretches(store)]
+    cut = [one for both in each for one in both]
     if queries > _MOST_QUERIES or None in cut:
         return False
-    return _has_float8(store.arena.device) or all(each.kind != FLOAT8.value for each in cut if each)
+    return _has_float8(store.arena.device) or all(one.kind != FLOAT8.value for one in cut if one)
 
 
 @dataclass(frozen=True)
 class Launch:
     """A launch of ``attend_split``: which queries ([R, G, size of keys]) read what, in how many splits of how many
     entries, beginning with split ``ahead`` of all; what is added to products ([R, G]), and by what the channels of
-    values are divided ([R, size of values])."""
+    values are divided ([R, size of values]). ``together`` of the R rows are one head of the store."""
 
     stretch: Stretch
     tuning: Tuning
@@ -222,6 +293,7 @@ class Launch:
     chunk: int
     splits: int
     ahead: int
+    together: int
 
 
 @dataclass(frozen=True)
@@ -244,22 +316,26 @@ def attend_stored(
     counts: bool = False,
     observe: bool = False,
     updates: Updates | None = None,
+    rotary: Rotary | None = None,
     tuned: Tuning | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Paid | None] | None:
     """Attention of one token's queries ([B, H, 1, D]) over all entries of ``heads``, a layer's: [B, H, 1, D], and with
     ``observe`` what was paid to each entry. ``counts``: entries weigh as their column ``count`` says. ``updates``: what
-    changes of the columns, in pages that are not shared.
+    changes of the columns, in pages that are not shared. ``rotary`` rotates keys, for the positions that were reserved.
+    A head of the store may have the vectors of several KV heads.
 
     None where the kernels do not read the store's formats.
     """
-    rows = heads.stop - heads.start
+    newest = store.stores[-1]
+    ((width,), _), ((value_width,), _) = (side.tail.format.layout["x"] for side in (newest.keys, newest.values))
+    together = width // query.shape[3]
+    rows, size = (heads.stop - heads.start) * together, value_width // together
     queries = query.shape[0] * query.shape[1] // rows
-    if not readable(store, queries):
+    if not readable(store, queries, together, rotary):
         return None
-    launches = _planned(query.reshape(rows, queries, -1), store, heads, tuned, chunk)
+    launches = _planned(query.reshape(rows, queries, -1), store, heads, together, tuned, chunk)
     splits = launches[-1].ahead + launches[-1].splits
-    ((size,), _) = store.stores[-1].values.tail.format.layout["x"]
     observed = observe or updates is not None
     entries = _bound(store, heads, updates) if observed else 0
     partials = Partials(
@@ -272,8 +348,8 @@ def attend_stored(
         partials.logits.fill_(-torch.inf)
     skipped = _skipped(store, heads) if observed else {}
     for place, launch in enumerate(launches):
-        bounds = partials.bounds[place]
-        _attend(launch, heads, variant, counts, partials, bounds, skipped.get(launch.stretch.store), query.dtype)
+        bounds, before = partials.bounds[place], skipped.get(launch.stretch.store)
+        _attend(launch, heads, variant, counts, rotary, partials, bounds, before, query.dtype)
     out, sums = _merged(launches, partials, query, variant, size)
     if updates is not None and partials.logits is not None:
         ((columns,), overlap) = (each.columns for each in store.stores), overlaps(query.device)
@@ -287,19 +363,21 @@ def attend_stored(
     return out, Paid([weights], [torch.ones_like(weights[..., :1])], [entries])
 
 
-def _planned(query: Tensor, store: Store, heads: slice, tuned: Tuning | None, chunk: int | None) -> list[Launch]:
+def _planned(
+    query: Tensor, store: Store, heads: slice, together: int, tuned: Tuning | None, chunk: int | None
+) -> list[Launch]:
     """The launches for ``query``, [R, G, size]; ``tuned`` and ``chunk``: in place of what is chosen."""
     launches: list[Launch] = []
     ahead = read = 0
     for stretch in stretches(store):
-        tuning, total = tuned or stretch.tuning, stretch.entries(heads)
+        tuning, total = tuned or stretch.tuning, stretch.entries(heads) * together
         each = chunk or tuning.chunk(total, query.shape[0], query.device)
         splits = _room(total, each, query.shape[0])
         launches.append(
-            Launch(stretch, tuning, *stretch.asked(query, heads), stretch.factors(heads), each, splits, ahead)
+            Launch(stretch, tuning, *stretch.asked(query, heads), stretch.factors(heads), each, splits, ahead, together)
         )
         ahead, read = ahead + splits, read + total
-    assert read == int(store.lengths[heads].sum())
+    assert read == int(store.lengths[heads].sum()) * together
     return launches
 
 
@@ -313,6 +391,7 @@ def _attend(
     heads: slice,
     variant: Variant,
     counts: bool,
+    rotary: Rotary | None,
     partials: Partials,
     bounds: Tensor,
     skipped: Tensor | None,
@@ -320,14 +399,17 @@ def _attend(
 ) -> None:
     stretch, tuning, store = launch.stretch, launch.tuning, launch.stretch.store
     rows, queries, _ = launch.query.shape
-    key_tiling, value_tiling = (tiling(fmt, tuning.block, dtype == torch.float32) for fmt in stretch.formats)
+    key_tiling, value_tiling = stretch.tilings(tuning.block, dtype == torch.float32, launch.together, rotary)
     key_segment, value_segment = stretch.segments
     assert key_tiling
     assert value_tiling
-    assert store.columns is not None or not counts
+    assert store.columns is not None or not (counts or rotary)
     keys, key_tail = _segments(store.keys)
     values, value_tail = _segments(store.values)
     overlap, unused, logits = overlaps(launch.query.device), partials.extent, partials.logits
+    rotation = key_tail
+    if rotary and store.columns:
+        rotation = (*_arguments(store.columns, "position"), rotary.tables(dtype, launch.query.device))
     attend_split[(launch.splits,)](
         launch.query.contiguous(),
         unused if launch.offset is None else launch.offset,
@@ -336,6 +418,7 @@ def _attend(
         values,
         value_tail,
         _arguments(store.columns, "count") if counts and store.columns else key_tail,
+        rotation,
         partials.sums,
         partials.extent,
         unused if logits is None else logits,
@@ -349,6 +432,7 @@ def _attend(
         variant.scaling,
         variant.softcap or 1.0,
         ROWS=next_power_of_2(rows),
+        HEADS=launch.together,
         QUERIES=queries,
         HEIGHT=8 if queries <= 8 else 16,
         BLOCK=tuning.block,
@@ -366,6 +450,7 @@ def _attend(
         CAPPED=variant.softcap is not None,
         COUNTED=counts,
         OBSERVED=logits is not None,
+        ROTATED=rotary is not None,
         OVERLAP=overlap,
         num_warps=tuning.warps,
         maxnreg=tuning.registers,
@@ -446,5 +531,27 @@ def _segments(side: Side) -> tuple[tuple, tuple]:
 
 def _arguments(segment: Segment, column: str | None = None) -> tuple:
     tensors, mirror = segment.pool.tensors, segment.mirror()
-    x = tensors[column or ("codes" if "codes" in tensors else "x")]
-    return x, tensors.get("range", tensors.get("scale", x)), mirror.table, mirror.spans, mirror.table.stride(0)
+    x = tensors[column] if column else _first(tensors, "codes", "bitmap", "x")
+    second = _first(tensors, "range", "scale", "numbers") if len(tensors) > 1 and not column else None
+    place = mirror.table, mirror.spans, mirror.table.stride(0)
+    return (x, x if second is None else second, *place, *_beside(segment))
+
+
+def _beside(segment: Segment) -> tuple[tuple, ...]:
+    """The tensors that the kind of a segment needs besides, and those of exact tokens (see ``kinds``)."""
+    fmt, tensors = segment.format, segment.pool.tensors
+    if type(fmt) is Corrected:
+        return (tuple(tensors[name] for name in ("exact", "places", "left", "right")),)
+    exempt = type(fmt) is Exempt
+    levels = fmt.inner if isinstance(fmt, Exempt) else fmt
+    if not isinstance(levels, NonUniform):
+        return ()
+    shared, row = segment.shared
+    ranges = shared if levels.fixed else tensors
+    read = shared["read"] if "read" in shared else shared["levels"]
+    own = tensors["exact"], tensors["places"], read, row, ranges["center"], ranges["half"]
+    return (own, (segment.state["exact"], segment.state["places"])) if exempt else (own,)
+
+
+def _first(tensors: dict[str, Tensor], *names: str) -> Tensor | None:
+    return next((tensors[name] for name in names if name in tensors), None)

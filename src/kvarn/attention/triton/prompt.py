@@ -45,7 +45,8 @@ def readable(store: Store) -> bool:
         return False
     formats = [(side.settled or side.tail).format for side in (store.keys, store.values)]
     float8 = any(isinstance(fmt, Float8) for fmt in formats)
-    return all(tiling(fmt, 16) for fmt in formats) and (not float8 or _has_float8(store.arena.device))
+    cut = [tiling(fmt, 16) for fmt in formats]
+    return all(each and each.plain for each in cut) and (not float8 or _has_float8(store.arena.device))
 
 
 def attend_prompt(
@@ -118,5 +119,5 @@ def attend_prompt(
 
 def _constants(name: str, of: Tiling, side: Side, dtype: torch.dtype) -> dict[str, Any]:
     constants = of.arguments(name, (side.settled or side.tail).pool.page_size, dtype)
-    del constants[f"{name}_FOLDED"]
+    del constants[f"{name}_FOLDED"], constants[f"{name}_BESIDE"]
     return constants

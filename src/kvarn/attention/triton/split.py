@@ -23,7 +23,8 @@ from .folded import (
     value_codes,
     value_tiles,
 )
-from .tiles import first_channel, numbers, slots
+from .kinds import rotated, vectors
+from .tiles import first_channel, slots
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -37,6 +38,7 @@ def attend_split(
     values,
     value_tail,
     counts,
+    rotation,  # positions of keys, cosines and sines, where ROTATED
     partial,  # fp32 [splits, QUERIES, V_SIZE]
     extent,  # fp32 [splits, QUERIES, 2]: the largest logit, the sum of weights
     logits,  # fp32 [rows, QUERIES, longest], where OBSERVED
@@ -50,6 +52,7 @@ def attend_split(
     scaling,
     softcap,
     ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
     QUERIES: tl.constexpr,
     HEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -66,6 +69,7 @@ def attend_split(
     K_FINE: tl.constexpr,
     K_FOLDED: tl.constexpr,
     K_TYPE: tl.constexpr,
+    K_BESIDE: tl.constexpr,
     V_KIND: tl.constexpr,
     V_BITS: tl.constexpr,
     V_GROUP: tl.constexpr,
@@ -78,6 +82,7 @@ def attend_split(
     V_FINE: tl.constexpr,
     V_FOLDED: tl.constexpr,
     V_TYPE: tl.constexpr,
+    V_BESIDE: tl.constexpr,
     K_SETTLED: tl.constexpr,
     V_SETTLED: tl.constexpr,
     K_READS: tl.constexpr,
@@ -89,12 +94,13 @@ def attend_split(
     CAPPED: tl.constexpr,
     COUNTED: tl.constexpr,
     OBSERVED: tl.constexpr,
+    ROTATED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """A split of a row: ``chunk`` of its entries, or more where there are more than splits have been made room for.
 
     Of each side the segments in READS are read: SETTLED, TAIL or both. Splits of this kernel are numbered from
-    ``ahead`` on.
+    ``ahead`` on. HEADS rows of a sequence are kept as one head of the store.
     """
     V_LINES: tl.constexpr = V_RUN // 2 if V_FOLDED else V_WIDTH
     if OVERLAP:
@@ -104,7 +110,7 @@ def attend_split(
     split = tl.program_id(0)
     every = tl.arange(0, ROWS)
     begins, finishes = _stretch(
-        keys, key_tail, values, first + every, every < rows, K_SETTLED, V_SETTLED, K_READS, V_READS
+        keys, key_tail, values, first + every // HEADS, every < rows, K_SETTLED, V_SETTLED, K_READS, V_READS
     )
     lengths = tl.maximum(finishes - begins, 0)
     # Heads may have grown since room was made for splits, where the launch was captured.
@@ -117,7 +123,7 @@ def attend_split(
     row = tl.sum((ends <= split).to(tl.int32), 0)
     if row >= rows:
         return
-    head = first + row
+    head = first + row // HEADS
     k_settled = 0
     v_settled = 0
     if K_SETTLED:
@@ -144,12 +150,14 @@ def attend_split(
     for part in tl.static_range(4):
         if K_READS >> (part // 2) & 1 and V_READS >> (part % 2) & 1:
             top, total, sums, minima = _attend_part(
-                query, offset, keys, key_tail, values, value_tail, counts, logits, row, head, low, high, k_settled,
-                v_settled, longest, scaling, softcap, top, total, sums, minima, part // 2, part % 2, QUERIES, HEIGHT,
-                BLOCK, STAGES,
+                query, offset, keys, key_tail, values, value_tail, counts, rotation, logits, row, head, low, high,
+                k_settled, v_settled, longest, scaling, softcap, top, total, sums, minima, part // 2, part % 2, HEADS,
+                QUERIES, HEIGHT, BLOCK, STAGES,
                 K_KIND, K_BITS, K_GROUP, K_PAGE, K_SIZE, K_TILES, K_PARTS, K_RUN, K_WIDTH, K_FINE, K_FOLDED, K_TYPE,
+                K_BESIDE,
                 V_KIND, V_BITS, V_GROUP, V_PAGE, V_SIZE, V_TILES, V_PARTS, V_RUN, V_WIDTH, V_FINE, V_FOLDED, V_TYPE,
-                OFFSET, PACKED, PAGE, CAPPED, COUNTED, OBSERVED,
+                V_BESIDE,
+                OFFSET, PACKED, PAGE, CAPPED, COUNTED, OBSERVED, ROTATED,
             )  # fmt: skip
 
     line = tl.arange(0, HEIGHT)
@@ -209,6 +217,7 @@ def _attend_part(
     values,
     value_tail,
     counts,
+    rotation,
     logits,
     row,
     head,
@@ -225,6 +234,7 @@ def _attend_part(
     minima,
     K_TAIL: tl.constexpr,
     V_TAIL: tl.constexpr,
+    HEADS: tl.constexpr,
     QUERIES: tl.constexpr,
     HEIGHT: tl.constexpr,
     MOST: tl.constexpr,
@@ -241,6 +251,7 @@ def _attend_part(
     K_FINE: tl.constexpr,
     K_FOLDED: tl.constexpr,
     K_TYPE: tl.constexpr,
+    K_BESIDE: tl.constexpr,
     V_KIND: tl.constexpr,
     V_BITS: tl.constexpr,
     V_GROUP: tl.constexpr,
@@ -253,12 +264,14 @@ def _attend_part(
     V_FINE: tl.constexpr,
     V_FOLDED: tl.constexpr,
     V_TYPE: tl.constexpr,
+    V_BESIDE: tl.constexpr,
     OFFSET: tl.constexpr,
     PACKED: tl.constexpr,
     PAGE: tl.constexpr,
     CAPPED: tl.constexpr,
     COUNTED: tl.constexpr,
     OBSERVED: tl.constexpr,
+    ROTATED: tl.constexpr,
 ):
     """Entries from ``begin`` to ``end`` whose keys, and whose values, lie in the tail or have settled."""
     k_shift = 0
@@ -301,6 +314,7 @@ def _attend_part(
     grid = begin // BLOCK * BLOCK
     for base in tl.range(grid, tl.where(begin < end, end, grid), BLOCK, num_stages=stages):
         entries = base + tl.arange(0, BLOCK)
+        valid = (entries >= begin) & (entries < end)
         if v_folded:
             value = value_codes(v_segment, head, base, BLOCK, V_KIND, V_GROUP, V_PAGE, V_SIZE, V_PARTS, V_RUN)
         if k_folded:
@@ -310,11 +324,15 @@ def _attend_part(
             )
         else:
             cut: tl.constexpr = not K_FOLDED
-            tiles = numbers(
-                k_segment, head, base - k_shift, entries - k_shift, BLOCK, 0 if K_TAIL else K_KIND, K_BITS, K_GROUP,
-                PAGE if K_TAIL else K_PAGE, K_SIZE, K_TILES if cut else 1, K_PARTS if cut else 1,
-                K_RUN if cut else K_SIZE, K_WIDTH, k_type, K_FINE, False,
+            tiles = vectors(
+                k_segment, head, base - k_shift, entries - k_shift, row % HEADS, BLOCK, 0 if K_TAIL else K_KIND, K_BITS,
+                K_GROUP, PAGE if K_TAIL else K_PAGE, K_SIZE, K_TILES if cut else 1, K_PARTS if cut else 1,
+                K_RUN if cut else K_SIZE, K_WIDTH, k_type, K_FINE, False, HEADS, K_BESIDE,
             )  # fmt: skip
+            if ROTATED:
+                tiles = rotated(
+                    tiles, rotation, head, entries, valid, PAGE, K_SIZE, K_TILES, K_PARTS, K_RUN, K_WIDTH
+                )  # fmt: skip
             logit = tl.zeros([BLOCK, HEIGHT], tl.float32)
             for i in tl.static_range(K_TILES if cut else 1):
                 logit = tl.dot(tiles[i], queries[i], logit, input_precision="ieee")
@@ -327,7 +345,6 @@ def _attend_part(
         if COUNTED:
             count = tl.load(counts[0] + slots(counts, head, entries, PAGE))
             logit += tl.log2(tl.maximum(count, 1).to(tl.float32))[:, None]
-        valid = (entries >= begin) & (entries < end)
         logit = tl.where(valid[:, None], logit, float("-inf"))
         if OBSERVED:
             line = tl.arange(0, HEIGHT)
@@ -347,9 +364,10 @@ def _attend_part(
             if V_FOLDED:
                 tiles = _woven_values(v_segment, head, entries - v_shift, PAGE, V_SIZE, V_TILES, V_PARTS, V_RUN)
             else:
-                tiles = numbers(
-                    v_segment, head, base - v_shift, entries - v_shift, BLOCK, 0 if V_TAIL else V_KIND, V_BITS,
-                    V_GROUP, PAGE if V_TAIL else V_PAGE, V_SIZE, V_TILES, V_PARTS, V_RUN, V_WIDTH, v_type, V_FINE, True,
+                tiles = vectors(
+                    v_segment, head, base - v_shift, entries - v_shift, row % HEADS, BLOCK, 0 if V_TAIL else V_KIND,
+                    V_BITS, V_GROUP, PAGE if V_TAIL else V_PAGE, V_SIZE, V_TILES, V_PARTS, V_RUN, V_WIDTH, v_type,
+                    V_FINE, True, HEADS, V_BESIDE,
                 )  # fmt: skip
             added = ()
             for i in tl.static_range(V_TILES):
