@@ -214,9 +214,8 @@ class Stretch:
         if not all(isinstance(fmt, Dense | Float8 | Int | Codes) for fmt in settled):
             return Tuning(max(16, gcd(32, *units)), 4, 2)  # not measured yet
         bits = [8 if isinstance(fmt, Float8) else fmt.bits for fmt in settled if isinstance(fmt, (Float8, Int, Codes))]
-        block = max(16, gcd(32, *units))
-        resident = 16 if bits == [2, 2] else 8 if 8 in bits else 12
-        return Tuning(block, 1, 2, registers={8: 255, 12: 168, 16: 128}[resident], resident=resident)
+        block = max(16, gcd(16 if 8 in bits else 32, *units))
+        return Tuning(block, 1, 2, registers=128, resident=16) if bits == [2, 2] else Tuning(block, 1, 2, 168, 12)
 
     def tilings(self, block: int, exact: bool, together: int, rotary: Rotary | None) -> list[Tiling | None]:
         """How keys and values are read, None: they are not; as for ``tiling``."""
