@@ -22,6 +22,7 @@ DEVICES = [
         "cpu", marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are not interpreted")
     ),
 ]
+ON_A_GPU = pytest.mark.gpu  # alone: Triton's interpreter takes seconds for each
 PROMPTS = [torch.randint(1, 160, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (20, 37, 9)]
 
 
@@ -69,18 +70,18 @@ class Uncaptured(Graphs):
     ("architecture", "recipe", "budget"),
     [
         ("llama", "full", None),
-        ("llama", "snapkv(window=8)", 0.5),
-        ("llama", "window", 16),
+        pytest.param("llama", "snapkv(window=8)", 0.5, marks=ON_A_GPU),
+        pytest.param("llama", "window", 16, marks=ON_A_GPU),
         ("llama", "h2o", 16),
-        ("llama", "scissorhands(history=8, recent=2)", 16),
-        ("llama", "lazyeviction(window=4)", 16),
+        pytest.param("llama", "scissorhands(history=8, recent=2)", 16, marks=ON_A_GPU),
+        pytest.param("llama", "lazyeviction(window=4)", 16, marks=ON_A_GPU),
         ("llama", "kivi(bits=4, group=16, residual=16)", None),
-        ("llama", "think(ratio=0.5, window=8, recent=8)", None),
+        pytest.param("llama", "think(ratio=0.5, window=8, recent=8)", None, marks=ON_A_GPU),
         ("llama", "zipcache(gap=3)", None),
-        ("llama", "fp8", None),
-        ("gemma3", "full", None),
-        ("llama", "mustafar(recent=4)", None),
-        ("llama", kvquant(), None),
+        pytest.param("llama", "fp8", None, marks=ON_A_GPU),
+        pytest.param("gemma3", "full", None, marks=ON_A_GPU),
+        pytest.param("llama", "mustafar(recent=4)", None, marks=ON_A_GPU),
+        pytest.param("llama", kvquant(), None, marks=ON_A_GPU),
     ],
 )
 def test_a_pass_over_buffers_gives_the_tokens_of_the_cache(architecture, recipe, budget, device, monkeypatch):

@@ -7,28 +7,29 @@ from kvarn.attention import kernels
 from learnt import kvquant
 from methods.one_layer import VARIANT, OneLayer, random_tokens, split
 
+ON_A_GPU = pytest.mark.gpu  # alone: Triton's interpreter takes seconds for each
 RECIPES = [
     ("full", 10**9),
     ("kivi(bits=4, group=16, residual=16)", 10**9),
-    ("snapkv(window=8) + kivi(bits=2, group=16, residual=16)", 24),
+    pytest.param("snapkv(window=8) + kivi(bits=2, group=16, residual=16)", 24, marks=ON_A_GPU),
     ("h2o", 20),
-    ("lazyeviction(window=4)", 30),
+    pytest.param("lazyeviction(window=4)", 30, marks=ON_A_GPU),
     ("scissorhands(history=16, recent=2)", 24),
-    ("cake(window=4, capacity=20)", 20),
-    ("d2o", 24),
-    ("h2o + kivi(bits=4, group=16, residual=16)", 36),
-    ("keyformer", 20),
-    ("razorattention", 20),
-    ("think(ratio=0.5, window=8, recent=8)", 10**9),
+    pytest.param("cake(window=4, capacity=20)", 20, marks=ON_A_GPU),
+    pytest.param("d2o", 24, marks=ON_A_GPU),
+    pytest.param("h2o + kivi(bits=4, group=16, residual=16)", 36, marks=ON_A_GPU),
+    pytest.param("keyformer", 20, marks=ON_A_GPU),
+    pytest.param("razorattention", 20, marks=ON_A_GPU),
+    pytest.param("think(ratio=0.5, window=8, recent=8)", 10**9, marks=ON_A_GPU),
     ("snapkv(window=8) + think(ratio=0.4, window=8, recent=4)", 24),
-    ("think(ratio=0.5, window=8) + kivi(bits=4, group=8, residual=8)", 10**9),
-    ("mikv(low=4)", 10**9),
+    pytest.param("think(ratio=0.5, window=8) + kivi(bits=4, group=8, residual=8)", 10**9, marks=ON_A_GPU),
+    pytest.param("mikv(low=4)", 10**9, marks=ON_A_GPU),
     ("snapkv(window=8) + zipcache(gap=5)", 24),
     ("fp8", 10**9),
-    ("h2o + fp8", 20),
-    ("snapkv(window=8) + mustafar(recent=4)", 24),
-    ("gear(group=8, block=8)", 10**9),
-    ("vidkv(key_bits=2.0, group=8, residual=8)", 10**9),
+    pytest.param("h2o + fp8", 20, marks=ON_A_GPU),
+    pytest.param("snapkv(window=8) + mustafar(recent=4)", 24, marks=ON_A_GPU),
+    pytest.param("gear(group=8, block=8)", 10**9, marks=ON_A_GPU),
+    pytest.param("vidkv(key_bits=2.0, group=8, residual=8)", 10**9, marks=ON_A_GPU),
     (kvquant(), 10**9),
 ]
 
