@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from kernel_reference import ON_A_GPU
 from kvarn import Engine, Sampling
 from kvarn.attention import kernels
 from learnt import kvquant
@@ -22,7 +23,6 @@ DEVICES = [
         "cpu", marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are not interpreted")
     ),
 ]
-ON_A_GPU = pytest.mark.gpu  # alone: Triton's interpreter takes seconds for each
 PROMPTS = [torch.randint(1, 160, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (20, 37, 9)]
 
 

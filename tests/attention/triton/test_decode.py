@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch import Tensor
 
-from kvarn.attention import Part, Variant, attend_with_mass
+from kernel_reference import expected
+from kvarn.attention import Variant
 from kvarn.attention.kernels import decode
 from kvarn.formats import Columns, Dense, Float8, Int, Spectral
 from kvarn.memory import Arena, SideLayout, Store, StoreLayout
@@ -51,18 +51,6 @@ def stored(
             extra = {"count": torch.randint(0, 6, index.shape, generator=generator).int().to(device)}
         store.append(slice(0, both.numel()), *rows, extra, last - first)
     return store, slice(len(counts), 2 * len(counts))
-
-
-def expected(query: Tensor, store: Store, heads: slice, variant: Variant, counted: bool) -> tuple[Tensor, Tensor]:
-    """The output, and the mass of each entry, by the reference in fp32."""
-    shape = (query.shape[0], -1)
-    keys, values = (x.float().unflatten(0, shape) for x in store.read(heads))
-    held = (torch.arange(keys.shape[2]) < store.lengths[heads][:, None]).to(query.device)
-    part = Part(keys, values, held.unflatten(0, shape)[:, :, None])
-    if counted:
-        part.log_weight = store.read_column(heads, "count").unflatten(0, shape).clamp(min=1).log()
-    out, masses = attend_with_mass(query.float(), [part], variant)
-    return out, masses[0]
 
 
 def check(

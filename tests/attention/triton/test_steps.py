@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from kernel_reference import ON_A_GPU
 from kvarn.attention import kernels
 from learnt import kvquant
 from methods.one_layer import VARIANT, OneLayer, random_tokens, split
 
-ON_A_GPU = pytest.mark.gpu  # alone: Triton's interpreter takes seconds for each
 RECIPES = [
     ("full", 10**9),
     ("kivi(bits=4, group=16, residual=16)", 10**9),

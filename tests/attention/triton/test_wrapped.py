@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvarn.attention import Part, Variant, attend_with_mass
+from kernel_reference import expected
+from kvarn.attention import Variant
 from kvarn.attention.kernels import decode, reads, serves_prompts
 from kvarn.formats import (
     Balanced,
@@ -121,18 +122,6 @@ def grow(store: Store, steps: int, dtype: torch.dtype, device: torch.device) -> 
         store.put_token(slice(0, heads), x[0], x[1])
         if step < steps - 1:  # the last one is being attended
             store.settle(slice(0, heads))
-
-
-def expected(query: Tensor, store: Store, heads: slice, variant: Variant, counted: bool) -> tuple[Tensor, Tensor]:
-    """The output, and the mass of each entry, by the reference in fp32."""
-    shape = (query.shape[0], -1)
-    keys, values = (x.float().unflatten(0, shape) for x in store.read(heads))
-    held = (torch.arange(keys.shape[2]) < store.lengths[heads][:, None]).to(query.device)
-    part = Part(keys, values, held.unflatten(0, shape)[:, :, None])
-    if counted:
-        part.log_weight = store.read_column(heads, "count").unflatten(0, shape).clamp(min=1).log()
-    out, masses = attend_with_mass(query.float(), [part], variant)
-    return out, masses[0]
 
 
 def check(store: Store, device: torch.device, dtype: torch.dtype = torch.float32, group: int = 2, **other) -> None:

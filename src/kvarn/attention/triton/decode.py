@@ -275,7 +275,7 @@ def readable(store: Store, queries: int, together: int = 1, rotary: Rotary | Non
     cut = [one for both in each for one in both]
     if queries > _MOST_QUERIES or None in cut:
         return False
-    return _has_float8(store.arena.device) or all(one.kind != FLOAT8.value for one in cut if one)
+    return has_float8(store.arena.device) or all(one.kind != FLOAT8.value for one in cut if one)
 
 
 @dataclass(frozen=True)
@@ -403,12 +403,12 @@ def _attend(
     assert key_tiling
     assert value_tiling
     assert store.columns is not None or not (counts or rotary)
-    keys, key_tail = _segments(store.keys)
-    values, value_tail = _segments(store.values)
+    keys, key_tail = segments(store.keys)
+    values, value_tail = segments(store.values)
     overlap, unused, logits = overlaps(launch.query.device), partials.extent, partials.logits
     rotation = key_tail
     if rotary and store.columns:
-        rotation = (*_arguments(store.columns, "position"), rotary.tables(dtype, launch.query.device))
+        rotation = (*arguments(store.columns, "position"), rotary.tables(dtype, launch.query.device))
     attend_split[(launch.splits,)](
         launch.query.contiguous(),
         unused if launch.offset is None else launch.offset,
@@ -416,7 +416,7 @@ def _attend(
         key_tail,
         values,
         value_tail,
-        _arguments(store.columns, "count") if counts and store.columns else key_tail,
+        arguments(store.columns, "count") if counts and store.columns else key_tail,
         rotation,
         partials.sums,
         partials.extent,
@@ -518,17 +518,17 @@ def overlaps(device: torch.device) -> bool:
     return _OVERLAP and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _has_float8(device: torch.device) -> bool:
+def has_float8(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def _segments(side: Side) -> tuple[tuple, tuple]:
+def segments(side: Side) -> tuple[tuple, tuple]:
     """The settled segment (the tail, where there is none) and the tail, as kernels take them."""
-    tail = _arguments(side.tail)
-    return (_arguments(side.settled) if side.settled else tail), tail
+    tail = arguments(side.tail)
+    return (arguments(side.settled) if side.settled else tail), tail
 
 
-def _arguments(segment: Segment, column: str | None = None) -> tuple:
+def arguments(segment: Segment, column: str | None = None) -> tuple:
     tensors, mirror = segment.pool.tensors, segment.mirror()
     x = tensors[column] if column else _first(tensors, "codes", "bitmap", "x")
     second = _first(tensors, "range", "scale", "numbers") if len(tensors) > 1 and not column else None

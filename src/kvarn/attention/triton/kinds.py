@@ -10,7 +10,7 @@ their vectors one after another and ``part`` is the head that is read; ``SIZE`` 
 import triton
 import triton.language as tl
 
-from .tiles import first_channel, numbers, slots
+from .tiles import along, down, first_channel, numbers, slots
 
 SPARSE = tl.constexpr(8)  # a bitmap, and the numbers at its bits
 LEVELS_CHANNEL = tl.constexpr(9)  # codes of levels, ranges of channels that a layer shares, exact numbers apart
@@ -61,8 +61,8 @@ def vectors(
             else:
                 place = part * SIZE + channel
                 if KIND == 0:
-                    at = _down(slot, ACROSS) * (SIZE * HEADS) + _along(place, ACROSS)
-                    x = tl.load(segment[0] + at, mask=_along(there, ACROSS), other=0)
+                    at = down(slot, ACROSS) * (SIZE * HEADS) + along(place, ACROSS)
+                    x = tl.load(segment[0] + at, mask=along(there, ACROSS), other=0)
                 else:
                     x = _levels(segment, head, slot, place, there, KIND == 9, BITS, SIZE * HEADS, BESIDE[0], ACROSS)
             tiles = tiles + (x.to(TYPE),)
@@ -119,18 +119,6 @@ def rotated(
 
 
 @triton.jit
-def _down(x, ACROSS: tl.constexpr):
-    """Something of each entry, beside tiles."""
-    return x[None, :] if ACROSS else x[:, None]
-
-
-@triton.jit
-def _along(x, ACROSS: tl.constexpr):
-    """Something of each channel, beside tiles."""
-    return x[:, None] if ACROSS else x[None, :]
-
-
-@triton.jit
 def _sparse(
     segment,
     slot,
@@ -145,8 +133,8 @@ def _sparse(
     those of lower parts, and those of its own part in bytes before."""
     axis: tl.constexpr = 0 if ACROSS else 1
     byte = tl.arange(0, WIDTH)
-    at = _down(slot, ACROSS) * RUN + _along(byte, ACROSS)
-    bits = tl.load(segment[0] + at, mask=_along(byte < RUN, ACROSS), other=0).to(tl.int32)
+    at = down(slot, ACROSS) * RUN + along(byte, ACROSS)
+    bits = tl.load(segment[0] + at, mask=along(byte < RUN, ACROSS), other=0).to(tl.int32)
     # Eight counts at once, each in a byte of two words: a multiplication copies four bits to where their bytes begin.
     low = ((bits & 15) * 0x204081) & 0x1010101
     high = ((bits >> 4) * 0x204081) & 0x1010101
@@ -157,22 +145,22 @@ def _sparse(
     for part in tl.static_range(8):
         stays = ((bits >> part) & 1) > 0
         rank = ((counted[part // 4] >> (8 * (part % 4))) & 255) - 1
-        tiles = tiles + (tl.load(segment[1] + _down(first, ACROSS) + rank, mask=stays, other=0).to(TYPE),)
+        tiles = tiles + (tl.load(segment[1] + down(first, ACROSS) + rank, mask=stays, other=0).to(TYPE),)
         first += (totals[part // 4] >> (8 * (part % 4))) & 255
     return tiles
 
 
 @triton.jit
 def _ternary(segment, slot, channel, there, UNIT: tl.constexpr, SIZE: tl.constexpr, ACROSS: tl.constexpr):
-    there = _along(there, ACROSS)
-    at = _down(slot, ACROSS) * ((SIZE + 4) // 5) + _along(channel // 5, ACROSS)
+    there = along(there, ACROSS)
+    at = down(slot, ACROSS) * ((SIZE + 4) // 5) + along(channel // 5, ACROSS)
     codes = tl.load(segment[0] + at, mask=there, other=0).to(tl.int32)
     # Divided by the digit's power of three by a multiplication, which is exact for bytes.
     digit = channel % 5
     power = tl.where(digit == 0, 65536, tl.where(digit == 1, 21846, tl.where(digit == 2, 7282, 2428)))
     power = tl.where(digit == 4, 810, power)
-    signs = ((codes * _along(power, ACROSS)) >> 16) % 3 - 1
-    scale = tl.load(segment[1] + _down(slot // UNIT, ACROSS) * SIZE + _along(channel, ACROSS), mask=there, other=0)
+    signs = ((codes * along(power, ACROSS)) >> 16) % 3 - 1
+    scale = tl.load(segment[1] + down(slot // UNIT, ACROSS) * SIZE + along(channel, ACROSS), mask=there, other=0)
     return signs.to(tl.float32) * scale.to(tl.float32)
 
 
@@ -192,20 +180,20 @@ def _levels(
     """Numbers ``place`` of rows of SIZE numbers; FIXED: channels have ranges, not entries."""
     exact, places, read, shared, center, half = segment[5]
     own = tl.load(shared + head)
-    row, column, inside = _down(slot, ACROSS), _along(place, ACROSS), _along(there, ACROSS)
+    row, column, inside = down(slot, ACROSS), along(place, ACROSS), along(there, ACROSS)
     codes = _code(segment[0] + row * (SIZE * BITS // 8), column, inside, BITS, SIZE)
     x = tl.load(read + own * (1 << BITS) + codes)
     if FIXED:
-        middle = _along(tl.load(center + own * SIZE + place, mask=there, other=0), ACROSS)
-        reach = _along(tl.load(half + own * SIZE + place, mask=there, other=0), ACROSS)
+        middle = along(tl.load(center + own * SIZE + place, mask=there, other=0), ACROSS)
+        reach = along(tl.load(half + own * SIZE + place, mask=there, other=0), ACROSS)
     else:
-        middle = _down(tl.load(center + slot), ACROSS)
-        reach = _down(tl.load(half + slot), ACROSS)
+        middle = down(tl.load(center + slot), ACROSS)
+        reach = down(tl.load(half + slot), ACROSS)
     x = x * reach.to(tl.float32) + middle.to(tl.float32)
     for i in tl.static_range(EXACT):
         apart = tl.load(places + slot * EXACT + i).to(tl.int32)
         number = tl.load(exact + slot * EXACT + i).to(tl.float32)
-        x = tl.where(column == _down(apart, ACROSS), _down(number, ACROSS), x)
+        x = tl.where(column == down(apart, ACROSS), down(number, ACROSS), x)
     return x
 
 
@@ -245,22 +233,22 @@ def _corrected(
     out = ()
     for i in tl.static_range(TILES):
         channel = first_channel(i, PARTS, RUN, SIZE) + tl.arange(0, WIDTH)
-        there = _along(tl.arange(0, WIDTH) < RUN, ACROSS)
-        vector = _down(slot // UNIT * SIZE, ACROSS) + _along(channel, ACROSS)
+        there = along(tl.arange(0, WIDTH) < RUN, ACROSS)
+        vector = down(slot // UNIT * SIZE, ACROSS) + along(channel, ACROSS)
         x = tiles[i].to(tl.float32)
         for j in tl.static_range(EXACT):
             if CHANNELS:
                 apart = tl.load(places + vector * EXACT + j, mask=there, other=0).to(tl.int32)
                 number = tl.load(exact + vector * EXACT + j, mask=there, other=0).to(tl.float32)
-                x = tl.where(apart == _down((slot % UNIT).to(tl.int32), ACROSS), number, x)
+                x = tl.where(apart == down((slot % UNIT).to(tl.int32), ACROSS), number, x)
             else:
-                apart = _down(tl.load(places + slot * EXACT + j).to(tl.int32), ACROSS)
-                number = _down(tl.load(exact + slot * EXACT + j).to(tl.float32), ACROSS)
-                x = tl.where(apart == _along(channel, ACROSS), number, x)
+                apart = down(tl.load(places + slot * EXACT + j).to(tl.int32), ACROSS)
+                number = down(tl.load(exact + slot * EXACT + j).to(tl.float32), ACROSS)
+                x = tl.where(apart == along(channel, ACROSS), number, x)
         for j in tl.static_range(RANK):
             of_entry = tl.load(left + slot * RANK + j).to(tl.float32)
             of_channel = tl.load(right + vector * RANK + j, mask=there, other=0).to(tl.float32)
-            x += _down(of_entry, ACROSS) * of_channel
+            x += down(of_entry, ACROSS) * of_channel
         out = out + (x.to(tiles[i].dtype),)
     return out
 
@@ -287,12 +275,12 @@ def _exempted(
     found = tl.full(entries.shape, -1, tl.int32)
     for i in tl.static_range(MOST):
         found = tl.where(tl.load(places + row + i) == entries, i, found)
-    apart = _down(found >= 0, ACROSS)
-    first = _down((row + found) * (SIZE * HEADS) + part * SIZE, ACROSS)
+    apart = down(found >= 0, ACROSS)
+    first = down((row + found) * (SIZE * HEADS) + part * SIZE, ACROSS)
     out = ()
     for i in tl.static_range(TILES):
         channel = first_channel(i, PARTS, RUN, SIZE) + tl.arange(0, WIDTH)
-        there = apart & _along(tl.arange(0, WIDTH) < RUN, ACROSS)
-        x = tl.load(exact + first + _along(channel, ACROSS), mask=there, other=0).to(tiles[i].dtype)
+        there = apart & along(tl.arange(0, WIDTH) < RUN, ACROSS)
+        x = tl.load(exact + first + along(channel, ACROSS), mask=there, other=0).to(tiles[i].dtype)
         out = out + (tl.where(apart, x, tiles[i]),)
     return out

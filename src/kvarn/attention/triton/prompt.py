@@ -11,7 +11,7 @@ from triton import cdiv
 from ...formats import Float8
 from ...memory import Side, Store
 from ..reference import Variant
-from .decode import Tiling, _arguments, _has_float8, _segments, tiling
+from .decode import Tiling, arguments, has_float8, segments, tiling
 from .flash import attend_blocks
 
 
@@ -46,7 +46,7 @@ def readable(store: Store) -> bool:
     formats = [(side.settled or side.tail).format for side in (store.keys, store.values)]
     float8 = any(isinstance(fmt, Float8) for fmt in formats)
     cut = [tiling(fmt, 16) for fmt in formats]
-    return all(each and each.plain for each in cut) and (not float8 or _has_float8(store.arena.device))
+    return all(each and each.plain for each in cut) and (not float8 or has_float8(store.arena.device))
 
 
 def attend_prompt(
@@ -79,8 +79,8 @@ def attend_prompt(
     # As the model's next product wants it: transposing it back costs nothing.
     out = query.new_empty((batch, tokens, query_heads, value_tiling.size))
     assert store.columns is not None or not counts
-    stored_keys, key_tail = _segments(store.keys)
-    stored_values, value_tail = _segments(store.values)
+    stored_keys, key_tail = segments(store.keys)
+    stored_values, value_tail = segments(store.values)
     attend_blocks[(cdiv(tokens * group, run.rows), batch * kv_heads)](
         query,
         keys,
@@ -90,7 +90,7 @@ def attend_prompt(
         key_tail,
         stored_values,
         value_tail,
-        _arguments(store.columns, "count") if counts and store.columns else key_tail,
+        arguments(store.columns, "count") if counts and store.columns else key_tail,
         out if variant.sinks is None else variant.sinks,
         query.stride()[:3],
         keys.stride()[:3],

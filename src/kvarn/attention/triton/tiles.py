@@ -66,20 +66,20 @@ def numbers(
     FINE: every number's scale is loaded for itself, where a tile has several. ACROSS: tiles are [WIDTH, BLOCK].
     """
     x, ranges = segment[0], segment[1]
-    channel = _channels(tl.arange(0, WIDTH), ACROSS)
+    channel = along(tl.arange(0, WIDTH), ACROSS)
     tiles = ()
     if KIND == 0:
-        row = _entries(slots(segment, head, entries, PAGE), ACROSS)
+        row = down(slots(segment, head, entries, PAGE), ACROSS)
         for i in tl.static_range(TILES):
             tiles = tiles + (_load(x + row * SIZE + first_channel(i, PARTS, RUN, SIZE), channel, RUN, WIDTH),)
     else:
         slot = block_slots(segment, head, base, entries, BLOCK, PAGE)
-        row = _entries(slot, ACROSS)
+        row = down(slot, ACROSS)
         if KIND == 3:
             scale = tl.load(ranges + slot)
             for i in tl.static_range(TILES):
                 codes = _load(x + row * SIZE + i * RUN, channel, RUN, WIDTH)
-                number = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * _entries(scale, ACROSS)
+                number = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * down(scale, ACROSS)
                 tiles = tiles + (number.to(TYPE),)
         else:
             for run in tl.static_range(TILES // PARTS):
@@ -105,7 +105,7 @@ def numbers(
                         s, m = _range(ranges, unit * SIZE + first + channel, channel < RUN)
                     else:
                         s, m = _range(ranges, slot * (SIZE // GROUP) + first // GROUP, slot >= 0)
-                        s, m = _entries(s, ACROSS), _entries(m, ACROSS)
+                        s, m = down(s, ACROSS), down(m, ACROSS)
                     scales = scales + (s,)
                     minima = minima + (m,)
                 for part in tl.static_range(PARTS):
@@ -118,12 +118,14 @@ def numbers(
 
 
 @triton.jit
-def _entries(x, ACROSS: tl.constexpr):
+def down(x, ACROSS: tl.constexpr):
+    """Something of each entry, beside tiles."""
     return x[None, :] if ACROSS else x[:, None]
 
 
 @triton.jit
-def _channels(x, ACROSS: tl.constexpr):
+def along(x, ACROSS: tl.constexpr):
+    """Something of each channel, beside tiles."""
     return x[:, None] if ACROSS else x[None, :]
 
 
@@ -133,7 +135,7 @@ def _load(at, channel, RUN: tl.constexpr, WIDTH: tl.constexpr):
     if RUN == WIDTH:
         return tl.load(at + channel)
     ACROSS: tl.constexpr = channel.shape[0] == WIDTH
-    return tl.load(at + channel, mask=_channels(tl.arange(0, WIDTH) < RUN, ACROSS), other=0)
+    return tl.load(at + channel, mask=along(tl.arange(0, WIDTH) < RUN, ACROSS), other=0)
 
 
 @triton.jit

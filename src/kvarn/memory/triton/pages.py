@@ -26,6 +26,16 @@ def slots(table, width, head, place, there, PAGE: tl.constexpr):
     return page.to(tl.int64) * PAGE + place % PAGE
 
 
+@triton.jit
+def _copy(source, old, target, new, there, WORDS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows ``old`` of ``source`` to rows ``new`` of ``target``, where they are ``there``."""
+    for first in tl.static_range(0, WORDS, WIDTH):
+        word = first + tl.arange(0, WIDTH)
+        mask = there[:, None] & (word < WORDS)[None, :]
+        tile = tl.load(source + old[:, None] * WORDS + word[None, :], mask=mask)
+        tl.store(target + new[:, None] * WORDS + word[None, :], tile, mask=mask)
+
+
 @triton.jit(do_not_specialize=["row_stride", "heads"])
 def _write(
     x,
@@ -44,12 +54,7 @@ def _write(
     unit = block * BLOCK + tl.arange(0, BLOCK)
     there = unit < tl.load(plan + 2 * heads + head)
     target = slots(table, width, tl.load(plan + head), tl.load(plan + heads + head) + unit, there, PAGE)
-    source = head * row_stride + unit
-    for first in tl.static_range(0, WORDS, WIDTH):
-        word = first + tl.arange(0, WIDTH)
-        mask = there[:, None] & (word < WORDS)[None, :]
-        tile = tl.load(rows + source[:, None] * WORDS + word[None, :], mask=mask)
-        tl.store(x + target[:, None] * WORDS + word[None, :], tile, mask=mask)
+    _copy(rows, head * row_stride + unit, x, target, there, WORDS, WIDTH)
 
 
 @triton.jit(do_not_specialize=["moves", "heads"])
@@ -75,11 +80,7 @@ def _move(
     there = old >= 0
     old = slots(table, width, number, start + old, there, PAGE)
     new = slots(table, width, number, start + new, there, PAGE)
-    for first in tl.static_range(0, WORDS, WIDTH):
-        word = first + tl.arange(0, WIDTH)
-        mask = there[:, None] & (word < WORDS)[None, :]
-        tile = tl.load(x + old[:, None] * WORDS + word[None, :], mask=mask)
-        tl.store(x + new[:, None] * WORDS + word[None, :], tile, mask=mask)
+    _copy(x, old, x, new, there, WORDS, WIDTH)
 
 
 @triton.jit(do_not_specialize=["index_stride", "heads"])
