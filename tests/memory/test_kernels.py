@@ -16,7 +16,13 @@ PARAMETERS = [
     pytest.param("cpu", marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="not interpreted")),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
-ODD = {"position": torch.int32, "mass": torch.float32, "bits": ((3,), torch.uint8), "flag": torch.bool}
+ODD = {
+    "position": torch.int32,
+    "mass": torch.float32,
+    "bits": ((3,), torch.uint8),
+    "flag": torch.bool,
+    "nothing": ((0,), torch.uint8),
+}
 COUNTS = torch.tensor([37, 0, 5, 500])
 EVERYONE = slice(0, 4)
 
@@ -51,6 +57,7 @@ def filled(described: StoreLayout, device: torch.device) -> Store:
             "mass": torch.rand(4, longest, generator=generator),
             "bits": torch.randint(0, 256, (4, longest, 3), generator=generator).byte(),
             "flag": torch.rand(4, longest, generator=generator) > 0.5,
+            "nothing": torch.zeros(4, longest, 0, dtype=torch.uint8),
         }
         columns = {name: columns[name].to(device) for name in described.columns.layout}
         store.append(EVERYONE, keys, values, columns, counts)
@@ -225,3 +232,17 @@ def test_steps_do_not_wait_for_the_device(recipe, capacity):
             layer.token(*split(tokens, first, first + 1))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["full", "snapkv(window=8)", "kivi(bits=4, group=16, residual=16)"])
+def test_prompts_do_not_wait_for_the_device(recipe):
+    tokens = [t.cuda() for t in random_tokens(40)]
+    for mode in ("default", "error"):  # the first compiles
+        layer = OneLayer(recipe, 24 if "snapkv" in recipe else 10**9, "cuda")
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            layer.prompt(*tokens)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

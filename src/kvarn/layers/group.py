@@ -320,7 +320,7 @@ class LayerGroup:
             self._merge(self.eviction, heads, after, (self.store.lengths - capacity)[heads])
             return
         counts, device = capacity[heads], self.arena.device
-        state = (t.to(device) for t in (self.store.lengths[heads], self._per_head(after)[heads], counts))
+        state = sent(torch.stack([self.store.lengths[heads], self._per_head(after)[heads], counts]), device)
         self.store.keep(heads, self.eviction.best(self.store.read_columns(heads), *state), counts)
 
     # -- decoding -----------------------------------------------------------------------------------------------
@@ -459,12 +459,13 @@ class LayerGroup:
                 self._merge_layer(merging, *layer)
 
     def _merge_layer(self, merging: Merging, heads: Tensor, seen: Tensor, capacity: Tensor, leaving: Tensor) -> None:
-        store, lengths = self.store, self.store.lengths[heads]
+        store = self.store
         columns, (keys, values) = store.read_columns(heads), self._read(heads)
         self.arena.note_peak(keys.nbytes + values.nbytes)
-        held = (torch.arange(keys.shape[1]) < lengths[:, None]).to(keys.device)
+        held = self._within(heads)
         columns["position"] = columns["position"].masked_fill(~held, -1)
-        joined = merging.join(Entries(keys, columns, *(t.to(keys.device) for t in (seen[:, None], capacity, leaving))))
+        state = (sent(each, keys.device) for each in (seen[:, None], capacity, leaving))
+        joined = merging.join(Entries(keys, columns, *state))
         self._overwrite(heads, joined.changed, joined.merged(keys), joined.merged(values))
         store.set_columns(heads, joined.columns)
         gone = (joined.stays | ~held).byte().argsort(dim=1, stable=True)[:, : int(leaving.max())]
@@ -546,7 +547,7 @@ class LayerGroup:
         )
         columns = {name: column.flatten(0, 1) for name, column in view.columns.items()}
         seen = view.seen.repeat_interleave(self.layer.kv_heads)[:, None]
-        room = capacity.flatten().to(keys.device)
+        room = sent(capacity.flatten(), keys.device)
         leaving = (view.valid.flatten(0, 1).sum(1) - room).clamp(min=0)
         joined = merging.join(Entries(keys, columns, seen, room, leaving))
         self.arena.note_peak(2 * (keys.nbytes + values.nbytes))
@@ -566,7 +567,7 @@ class LayerGroup:
             first = positions
             if prompt is not None:
                 most = prompt.counts if observer.of_prompt is None else prompt.counts.clamp(max=observer.of_prompt)
-                first = (prompt.after - most).to(positions.device)[:, None, None]
+                first = sent(prompt.after - most, positions.device)[:, None, None]
             columns |= observer.fresh(positions, first)
         return columns
 
@@ -593,7 +594,7 @@ class LayerGroup:
             # Masks of a row for each query would take more than all that is held.
             old = () if stored is None else (replace(stored, mask=self._held(heads)[:, :, None]),)
             parts = (*old, Part(fresh.keys, fresh.values, causal=True))
-        seen = step.after.to(fresh.query.device)
+        seen = sent(step.after, fresh.query.device)
         positions = columns["position"]
         return PromptView(fresh.query, step.positions, parts, fresh.variant, positions, seen, columns, masked_parts)
 

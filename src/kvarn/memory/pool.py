@@ -208,7 +208,8 @@ class Arena:
     no ceiling)."""
 
     def __init__(self, device: torch.device, page_size: int, ceiling: int | None = None):
-        self.device, self.page_size, self.ceiling = device, page_size, ceiling
+        self.device = torch.empty(0, device=device).device  # with its number, as tensors name it
+        self.page_size, self.ceiling = page_size, ceiling
         self.pools: dict[tuple, Pool] = {}
         self.peak_bytes = 0
         self._in_hand = 0

@@ -126,8 +126,7 @@ class Segment:
             return
         self._replace_shared(owners, columns, pages[total:])
         self._widen(int((held + needed).max()))
-        row = torch.repeat_interleave(torch.arange(ids.numel()), needed)
-        place = torch.arange(total) - torch.repeat_interleave(needed.cumsum(0) - needed, needed)
+        row, place = torch.nonzero(torch.arange(int(needed.max())) < needed[:, None], as_tuple=True)
         self._set_pages(ids[row], held[row] + place, pages[:total])
 
     def retract(self, heads: slice | Tensor) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..formats import ColumnType
+from ..memory import sent
 from ..scoring import ObservingScore, PromptView, Score, protected
 
 
@@ -72,8 +73,8 @@ class Eviction:
 
     def keep(self, view: PromptView, capacity: Tensor, scores: Tensor) -> Tensor:
         """Which candidates of ``scores`` stay in a layer, both [B, K, n]. ``capacity`` is int64 [B, K], on the host."""
-        capacity = capacity.clamp(max=scores.shape[-1]).to(scores.device)
-        recent = self.recent + (capacity * self.recent_share).long()
+        capacity = capacity.clamp(max=scores.shape[-1])
+        recent = sent(self.recent + (capacity * self.recent_share).long(), scores.device)
         protect = view.among_last(recent) | (view.positions < self.sinks)
         ranked = protected(scores, protect).masked_fill(~view.valid, -torch.inf)
         if self.across_heads:
@@ -121,9 +122,9 @@ class Thinning(Eviction):
 
 
 def _best(ranked: Tensor, count: Tensor) -> Tensor:
-    """The ``count`` ([...]) highest of ``ranked`` ([..., n]), bool."""
+    """The ``count`` ([...], on the host) highest of ``ranked`` ([..., n]), bool."""
     most = int(count.max())
     # Pooled scores have plateaus: a stable sort breaks ties by age, whatever the batch and its padding.
     best = ranked.argsort(dim=-1, descending=True, stable=True)[..., :most]
-    within = torch.arange(most, device=best.device) < count[..., None]
+    within = torch.arange(most, device=best.device) < sent(count, best.device)[..., None]
     return torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, best, within)

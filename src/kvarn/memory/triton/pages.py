@@ -118,7 +118,7 @@ def _compact(
 def write(tensors: Rows, rows: Rows, mirror: Mirror, plan: Tensor, most: int) -> None:
     """Writes ``rows`` ([R, units, *shape]) of each head: the first ``counts`` of them, ``most`` at most, from ``first``
     on. ``plan``: numbers, ``first`` and ``counts``."""
-    for name, new in rows.items():
+    for name, new in _with_words(rows).items():
         x = tensors[name]
         assert new.dtype == x.dtype
         pool, given = _words(x), _words(new.contiguous())
@@ -130,7 +130,7 @@ def write(tensors: Rows, rows: Rows, mirror: Mirror, plan: Tensor, most: int) ->
 def move(tensors: Rows, source: Tensor, target: Tensor, mirror: Mirror, plan: Tensor) -> None:
     """Moves tokens ``source`` of each head to where ``target`` lie, int64 [R, m] each, -1: none; no token is in both.
     ``plan``: numbers and starts."""
-    for x in tensors.values():
+    for x in _with_words(tensors).values():
         pool, moves = _words(x), source.shape[1]
         shape = _shape(pool, moves)
         grid = (plan.shape[1], triton.cdiv(moves, shape["BLOCK"]))
@@ -141,7 +141,7 @@ def compact(tensors: Rows, index: Tensor, mirror: Mirror, plan: Tensor) -> None:
     """Moves tokens ``index`` (int64 [R, m], ascending, the first ``counts`` of each row) of each head to its first
     slots, in that order. ``plan``: numbers, starts and ``counts``."""
     index = index.contiguous()
-    for x in tensors.values():
+    for x in _with_words(tensors).values():
         pool = _words(x)
         words = pool.shape[1]
         # Few long heads would leave processors without work: parts of rows are moved side by side, each wide enough for
@@ -150,6 +150,11 @@ def compact(tensors: Rows, index: Tensor, mirror: Mirror, plan: Tensor) -> None:
         grid = (plan.shape[1], triton.cdiv(words, width))
         shape = {"WORDS": words, "WIDTH": width, "BLOCK": min(256, 8192 // width)}
         _compact[grid](pool, index, index.shape[1], *paged(plan, mirror), PAGE=x.shape[1], **shape, num_warps=8)
+
+
+def _with_words(tensors: Rows) -> Rows:
+    """The tensors that keep anything: a format may have no minima, or no exact numbers."""
+    return {name: x for name, x in tensors.items() if x.numel()}
 
 
 def _words(x: Tensor) -> Tensor:
