@@ -36,6 +36,7 @@ def naive(fmt: Int, x: Tensor) -> tuple[list[list[int]], Tensor]:
     tokens, size = x.shape
     codes = [[0] * size for _ in range(tokens)]
     decoded = torch.zeros(tokens, size, dtype=fmt.dtype)
+    kept = torch.float16 if fmt.dtype == torch.bfloat16 else fmt.dtype
     if fmt.axis == "channel":
         cells = [[(t0 + t, c) for t in range(fmt.group)] for t0 in range(0, tokens, fmt.group) for c in range(size)]
     else:
@@ -43,8 +44,8 @@ def naive(fmt: Int, x: Tensor) -> tuple[list[list[int]], Tensor]:
     for cell in cells:
         numbers = [x[place].float() for place in cell]
         low, high = min(numbers), max(numbers)
-        scale = ((high - low) / (2**fmt.bits - 1)).to(fmt.dtype).float()
-        minimum = low.to(fmt.dtype).float()
+        scale = ((high - low) / (2**fmt.bits - 1)).to(kept).float()
+        minimum = low.to(kept).float()
         for place, number in zip(cell, numbers, strict=True):
             code = 0
             if scale > 0:
@@ -100,6 +101,14 @@ def test_rows_are_what_the_layout_says(fmt: Int, seed: int) -> None:
     assert sum(tensor.numel() * tensor.element_size() for tensor in unit.values()) == fmt.unit_bytes
     scales = fmt.unit * fmt.size // fmt.group
     assert fmt.unit_bytes == fmt.unit * fmt.size * fmt.bits // 8 + 2 * scales * fmt.dtype.itemsize
+
+
+def test_numbers_that_fp16_does_not_have() -> None:
+    """Beyond the largest there is, the largest; nothing becomes infinite."""
+    fmt = Int(2, "token", 8, 8, torch.bfloat16)
+    x = torch.tensor([[-3e5, 3e5, 0, 0, 0, 0, 0, 0]], dtype=torch.bfloat16)
+    assert fmt.encode(x)["range"].tolist() == [[[65504.0, -65504.0]]]
+    assert fmt.decode(fmt.encode(x)).isfinite().all()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

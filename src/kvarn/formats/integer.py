@@ -17,8 +17,9 @@ class Int(Format):
 
     ``axis="token"``: the numbers of one token in ``group`` consecutive channels share a scale (unit: one token).
     ``axis="channel"``: one channel of ``group`` consecutive tokens shares a scale (unit: ``group`` tokens).
-    Scales and minima are kept in the model's dtype, side by side (``range``), so that a kernel loads both at once;
-    codes are packed along the channels. The largest and the smallest of the numbers that share a scale are multiplied
+    Scales and minima are kept side by side (``range``), so that a kernel loads both at once: in the model's dtype, but
+    for bf16 in fp16, which is as wide, more exact, and what kernels multiply codes with. Codes are packed along the
+    channels. The largest and the smallest of the numbers that share a scale are multiplied
     by ``clip`` first; what lies beyond then is read as they are.
     """
 
@@ -29,12 +30,13 @@ class Int(Format):
             raise RecipeError(f"integer formats need vectors of a multiple of 8 numbers; these have {size}")
         self.bits, self.axis, self.size, self.dtype, self.clip = bits, axis, size, dtype, clip
         self.name = f"int{bits}/{axis}"
+        number = torch.float16 if dtype == torch.bfloat16 else dtype
         packed = packed_size(size, bits)
         if axis == "channel":
             self.unit = self.group = group
             self.layout = {
                 "codes": ((group, packed), torch.uint8),
-                "range": ((size, 2), dtype),
+                "range": ((size, 2), number),
             }
         else:
             self.group = min(group, size)
@@ -42,8 +44,12 @@ class Int(Format):
                 raise RecipeError(f"group={group} does not divide the head size {size}: use a divisor of it")
             self.layout = {
                 "codes": ((packed,), torch.uint8),
-                "range": ((size // self.group, 2), dtype),
+                "range": ((size // self.group, 2), number),
             }
+
+    @property
+    def key(self) -> tuple:
+        return (*super().key, str(self.dtype))
 
     def encode(self, x: Tensor) -> Rows:
         groups = self._grouped(x).float()
@@ -51,8 +57,7 @@ class Int(Format):
         minimum, maximum = groups.amin(dim) * self.clip, groups.amax(dim) * self.clip
         # A tensor there: by a number torch multiplies with its inverse on CUDA, which rounds otherwise than a division.
         levels = torch.full((), 2**self.bits - 1, dtype=torch.float32, device=x.device)
-        scale = ((maximum - minimum) / levels).to(self.dtype)
-        minimum = minimum.to(self.dtype)
+        scale, minimum = self._numbers((maximum - minimum) / levels), self._numbers(minimum)
         # The stored (rounded) scale decides the codes; a constant group has scale 0 and codes 0.
         step = scale.float().unsqueeze(dim)
         offset = groups - minimum.float().unsqueeze(dim)
@@ -66,6 +71,11 @@ class Int(Format):
         scale, minimum = (numbers.unsqueeze(dim) for numbers in rows["range"].unbind(-1))
         x = x.mul_(scale).add_(minimum).to(self.dtype)
         return x.flatten(-3, -2) if self.axis == "channel" else x.flatten(-2)
+
+    def _numbers(self, x: Tensor) -> Tensor:
+        """As they are stored, the largest there is in place of what is beyond."""
+        _, number = self.layout["range"]
+        return x.clamp(-torch.finfo(number).max, torch.finfo(number).max).to(number)
 
     @property
     def _group_dim(self) -> int:

@@ -40,6 +40,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _OVERLAP = True
 _MOST_QUERIES = 16  # rows of a tensor-core tile
 _LEAST_CHUNK = 128  # entries of a split
+_MANY = 2**21  # entries that keep all processors busy for several splits each
 _MOST_BESIDE = 64  # exact numbers of a vector, or exact tokens: loops over them are unrolled
 _SETTLED, _TAIL = 1, 2  # bits: segments of a side
 
@@ -153,14 +154,16 @@ def _folds(size: int, run: int, exact: bool) -> bool:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a kernel is run: entries a block, warps, stages of loads under way, the most registers of a thread, and how
-    many splits a processor runs side by side, where they should all do (None: in turns, ``entries`` each)."""
+    """How a kernel is run: entries a block, warps, stages of loads under way, the most registers of a thread, how many
+    splits a processor runs side by side, where they should all do (None: in turns, ``entries`` each), and how many
+    blocks before they are read codes are fetched into the second cache."""
 
     block: int
     warps: int
     stages: int
     registers: int | None = None
     resident: int | None = None
+    distance: int = 0
     entries: int = 1024
 
     def chunk(self, total: int, rows: int, device: torch.device) -> int:
@@ -204,17 +207,17 @@ class Stretch:
         keys, values = (segment.format for segment in self.segments)
         return innermost(keys), values.inner if isinstance(values, Rescaled) else values
 
-    @property
-    def tuning(self) -> Tuning:
-        """What was fastest on an H200 (``benchmarks/gpu/attention.py``)."""
+    def tuning(self, entries: int = 0) -> Tuning:
+        """What was fastest on an H200 for so many entries in all (``benchmarks/gpu/attention.py``)."""
         settled = [fmt for fmt in self.formats if not isinstance(fmt, Dense)]
         if not settled:
-            return Tuning(64, 2, 4)
+            return Tuning(64, 2, 5, entries=2048) if entries >= _MANY else Tuning(64, 2, 4)
         units = [fmt.unit for fmt in settled if fmt.unit > 1]
         if not all(isinstance(fmt, Dense | Float8 | Int | Codes) for fmt in settled):
             return Tuning(max(16, gcd(32, *units)), 4, 2)  # not measured yet
-        bits = [8 if isinstance(fmt, Float8) else fmt.bits for fmt in settled if isinstance(fmt, (Float8, Int, Codes))]
-        block = max(16, gcd(16 if 8 in bits else 32, *units))
+        if any(isinstance(fmt, Float8) for fmt in settled):
+            return Tuning(max(16, gcd(16, *units)), 1, 2, registers=128, resident=16)
+        block, bits = max(16, gcd(32, *units)), [fmt.bits for fmt in settled if isinstance(fmt, (Int, Codes))]
         return Tuning(block, 1, 2, registers=128, resident=16) if bits == [2, 2] else Tuning(block, 1, 2, 168, 12)
 
     def tilings(self, block: int, exact: bool, together: int, rotary: Rotary | None) -> list[Tiling | None]:
@@ -271,7 +274,7 @@ def _apart(side: Side, grows: bool) -> tuple[int, ...]:
 def readable(store: Store, queries: int, together: int = 1, rotary: Rotary | None = None) -> bool:
     """Whether ``attend_stored`` reads this store, for so many queries of a KV head, ``together`` of which are one head
     of the store."""
-    each = [stretch.tilings(stretch.tuning.block, False, together, rotary) for stretch in stretches(store)]
+    each = [stretch.tilings(stretch.tuning().block, False, together, rotary) for stretch in stretches(store)]
     cut = [one for both in each for one in both]
     if queries > _MOST_QUERIES or None in cut:
         return False
@@ -369,7 +372,8 @@ def _planned(
     launches: list[Launch] = []
     ahead = read = 0
     for stretch in stretches(store):
-        tuning, total = tuned or stretch.tuning, stretch.entries(heads) * together
+        total = stretch.entries(heads) * together
+        tuning = tuned or stretch.tuning(total)
         each = chunk or tuning.chunk(total, query.shape[0], query.device)
         splits = _room(total, each, query.shape[0])
         launches.append(
@@ -436,6 +440,7 @@ def _attend(
         HEIGHT=8 if queries <= 8 else 16,
         BLOCK=tuning.block,
         STAGES=tuning.stages,
+        DISTANCE=tuning.distance if overlap else 0,
         **key_tiling.arguments("K", key_segment.pool.page_size, dtype),
         **value_tiling.arguments("V", value_segment.pool.page_size, dtype),
         K_SETTLED=store.keys.settled is not None,

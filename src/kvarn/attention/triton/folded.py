@@ -10,8 +10,6 @@ A code at bit b of a half, masked and read as fp16, is the subnormal number code
 multiply exactly. What is left to do is one multiplication of the sums, which are fp32.
 """
 
-import math
-
 import triton
 import triton.language as tl
 
@@ -116,17 +114,25 @@ def _raw_ranges(
     PARTS: tl.constexpr,
     RUN: tl.constexpr,
 ):
+    """What numbers are scaled with, as it is stored. Every thread loads for itself what it needs, though others load
+    the same: nothing need be handed on."""
     raw = ()
     if KIND == 1:
         unit = _page(segment, head, base // PAGE) * (PAGE // GROUP) + base % PAGE // GROUP
-        pairs = segment[1].to(tl.pointer_type(tl.uint32)) + unit * SIZE
-        for index in tl.static_range(2 * SIZE // RUN):
-            if KEYS:
-                raw = raw + (tl.load(pairs + key_channels(index, SIZE, PARTS, RUN)),)
-            else:
+        if KEYS:
+            # Of each half both bytes together, of each run and part: [4, 8, RUN / 8].
+            half = RUN // 8 * tl.arange(0, 4)[:, None, None] + tl.arange(0, RUN // 8)[None, None, :]
+            half += tl.zeros([8], tl.int32)[None, :, None]
+            twos = segment[1].to(tl.pointer_type(tl.uint64)) + unit * (SIZE // 2)
+            for run in tl.static_range(SIZE // PARTS // RUN):
+                for part in tl.static_range(PARTS):
+                    raw = raw + (tl.load(twos + part * (SIZE // PARTS // 2) + run * (RUN // 2) + half),)
+        else:
+            pairs = segment[1].to(tl.pointer_type(tl.uint32)) + unit * SIZE
+            for index in tl.static_range(2 * SIZE // RUN):
                 raw = raw + (tl.load(pairs + value_channels(index, SIZE, PARTS, RUN)),)
     else:
-        # Every thread has those of the lines that it has of a product, [BLOCK, HEIGHT]: nothing need be handed on.
+        # Those of the lines that a thread has of a product, [4, 8, BLOCK / 8].
         entry = tl.arange(0, 8)[:, None] + 8 * tl.arange(0, BLOCK // 8)[None, :]
         first, rest = _places(segment, head, base, entry, BLOCK, PAGE)
         same = tl.zeros([4], tl.int32)[:, None, None]
@@ -138,6 +144,46 @@ def _raw_ranges(
                 group = (index % PARTS * (SIZE // PARTS) + index // PARTS * RUN) // GROUP
                 raw = raw + (tl.load(numbers[None, :, :] + same + group),)
     return raw
+
+
+@triton.jit
+def fetch(
+    segment,
+    head,
+    base,
+    BLOCK: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAGE: tl.constexpr,
+    SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Has the memory bring what BLOCK entries from ``base`` on have into the second cache, without waiting for it."""
+    if KIND == 3:
+        numbers: tl.constexpr = segment[1].dtype.element_ty.primitive_bitwidth // 8
+    else:
+        numbers: tl.constexpr = SIZE // GROUP * 4 if KIND == 2 else SIZE * 4 // GROUP
+    together: tl.constexpr = BLOCK if PAGE % BLOCK == 0 else PAGE
+    for first in tl.static_range(0, BLOCK, together):
+        place = _page(segment, head, (base + first) // PAGE) * PAGE + (base + first) % PAGE
+        _fetch(segment[0], place, SIZE // PARTS, together)
+        _fetch(segment[1], place, numbers, together)
+
+
+@triton.jit
+def _fetch(start, place, BYTES: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT rows of BYTES, from row ``place`` on."""
+    if BYTES * COUNT % 16 == 0:
+        code: tl.constexpr = _fetching(BYTES * COUNT)
+        address = (start.to(tl.pointer_type(tl.uint8)) + place * BYTES).to(tl.uint64, bitcast=True)
+        tl.inline_asm_elementwise(code, "=r,l", [address], tl.uint32, False, 1)
+
+
+@triton.constexpr_function
+def _fetching(size):
+    """Code by which one thread of a warp asks for ``size`` bytes."""
+    code = "mov.u32 l, %laneid; setp.eq.u32 p, l, 0; @p cp.async.bulk.prefetch.L2.global [$1], "
+    return "{ .reg .pred p; .reg .u32 l; " + code + f"{size}; mov.u32 $0, 0; }}"
 
 
 @triton.jit
@@ -159,26 +205,37 @@ def value_tiles(halves, KIND: tl.constexpr, BITS: tl.constexpr, PACKED: tl.const
 
 
 @triton.jit
-def half_ranges(segment, raw, FACTOR: tl.constexpr, PACKED: tl.constexpr):
-    """As ``ranges`` of integers, in fp16, the scale times FACTOR: computed before threads share it."""
+def channel_ranges(raw, HEIGHT: tl.constexpr, PACKED: tl.constexpr):
+    """What ``key_codes`` has of the channels of a run and part, [4, 8, RUN / 8], for the tiles of both bytes: scales,
+    minima of the first, and of the second, fp16 [RUN / 2, HEIGHT] each."""
     if PACKED:
-        code: tl.constexpr = _narrowing(segment[1].dtype.element_ty, FACTOR)
-        pair = tl.inline_asm_elementwise(code, "=r,r", [raw], tl.uint32, False, 1)
-        return pair.to(tl.uint16).to(tl.float16, bitcast=True), (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+        code: tl.constexpr = (
+            "{ .reg .b32 a, b, c, d; mov.b64 {a, b}, $4; mov.b64 {c, d}, $5; prmt.b32 $0, a, c, 0x5410; "
+            "prmt.b32 $1, a, c, 0x7632; prmt.b32 $2, b, d, 0x5410; prmt.b32 $3, b, d, 0x7632; }"
+        )
+        numbers = tl.inline_asm_elementwise(code, "=r,=r,=r,=r,l,l", [raw], (tl.float16,) * 4, True, 2)
     else:
-        s, m = ranges(segment, raw, 1)
-        return (s * FACTOR).to(tl.float16), m.to(tl.float16)
+        numbers = ()
+        for place in tl.static_range(4):
+            numbers = numbers + ((raw >> (16 * place)).to(tl.uint16).to(tl.float16, bitcast=True),)
+    terms = ()
+    for place in tl.static_range(4):
+        terms = terms + (_per_term(numbers[place], HEIGHT),)
+    return terms
 
 
-@triton.constexpr_function
-def _narrowing(number, factor):
-    """Code that makes a scale, times a power of two, and a minimum fp16 numbers."""
-    if number == tl.bfloat16:
-        code = "shl.b32 s, $1, 16; and.b32 m, $1, 0xFFFF0000;"
-    else:
-        code = ".reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 s, a; cvt.f32.f16 m, b;"
-    scaled = f" mul.f32 s, s, 0f{0x3F800000 + (round(math.log2(factor)) << 23):08X};"
-    return "{ .reg .b32 s, m; " + code + scaled + " cvt.rn.f16x2.f32 $0, m, s; }"
+@triton.jit
+def _per_term(x, HEIGHT: tl.constexpr):
+    """Numbers of the terms of a product as they were loaded, [4, 8, n / 4], as it multiplies them, [n, HEIGHT]."""
+    some: tl.constexpr = x.shape[2] // 4
+    terms = x.reshape(4, 8, some, 2, 2).permute(2, 3, 0, 4, 1).reshape(some * 16, 1, 8)
+    return tl.broadcast_to(terms, [some * 16, HEIGHT // 8, 8]).reshape(some * 16, HEIGHT)
+
+
+@triton.jit
+def half_ranges(raw):
+    """Scales and minima, fp16, as they are stored."""
+    return raw.to(tl.uint16).to(tl.float16, bitcast=True), (raw >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
 
 
 @triton.jit

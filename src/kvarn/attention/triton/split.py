@@ -11,7 +11,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .folded import (
     LIFT,
+    channel_ranges,
     factor,
+    fetch,
     half_ranges,
     key_channels,
     key_codes,
@@ -57,6 +59,7 @@ def attend_split(
     HEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    DISTANCE: tl.constexpr,
     K_KIND: tl.constexpr,
     K_BITS: tl.constexpr,
     K_GROUP: tl.constexpr,
@@ -152,7 +155,7 @@ def attend_split(
             top, total, sums, minima = _attend_part(
                 query, offset, keys, key_tail, values, value_tail, counts, rotation, logits, row, head, low, high,
                 k_settled, v_settled, longest, scaling, softcap, top, total, sums, minima, part // 2, part % 2, HEADS,
-                QUERIES, HEIGHT, BLOCK, STAGES,
+                QUERIES, HEIGHT, BLOCK, STAGES, DISTANCE,
                 K_KIND, K_BITS, K_GROUP, K_PAGE, K_SIZE, K_TILES, K_PARTS, K_RUN, K_WIDTH, K_FINE, K_FOLDED, K_TYPE,
                 K_BESIDE,
                 V_KIND, V_BITS, V_GROUP, V_PAGE, V_SIZE, V_TILES, V_PARTS, V_RUN, V_WIDTH, V_FINE, V_FOLDED, V_TYPE,
@@ -239,6 +242,7 @@ def _attend_part(
     HEIGHT: tl.constexpr,
     MOST: tl.constexpr,
     STAGES: tl.constexpr,
+    DISTANCE: tl.constexpr,
     K_KIND: tl.constexpr,
     K_BITS: tl.constexpr,
     K_GROUP: tl.constexpr,
@@ -296,7 +300,7 @@ def _attend_part(
     v_type: tl.constexpr = value_tail[0].dtype.element_ty if V_TAIL else V_TYPE
     scale = scaling * LOG2E * (2 / softcap if CAPPED else 1.0)
     if k_folded:
-        queries = _woven_queries(query, row, scale, QUERIES, HEIGHT, K_SIZE, K_TILES, K_PARTS, K_RUN)
+        queries = _woven_queries(query, row, scale, QUERIES, HEIGHT, K_SIZE, K_TILES, K_KIND, K_BITS, K_PARTS, K_RUN)
     elif K_FOLDED:
         queries = _queries(query, row, QUERIES, HEIGHT, K_SIZE, 1, 1, K_SIZE, K_WIDTH, k_type)
     else:
@@ -312,6 +316,12 @@ def _attend_part(
     BLOCK: tl.constexpr = MOST // 2 if short and MOST > 16 else MOST
     # Blocks lie on a grid from entry 0, so that none crosses a unit of the settled format.
     grid = begin // BLOCK * BLOCK
+    far: tl.constexpr = DISTANCE if k_folded and v_folded else 0
+    for step in tl.static_range(1, far):
+        _fetch_both(
+            k_segment, v_segment, head, grid + step * BLOCK, end, BLOCK,
+            K_KIND, K_GROUP, K_PAGE, K_SIZE, K_PARTS, V_KIND, V_GROUP, V_PAGE, V_SIZE, V_PARTS,
+        )  # fmt: skip
     for base in tl.range(grid, tl.where(begin < end, end, grid), BLOCK, num_stages=stages):
         entries = base + tl.arange(0, BLOCK)
         valid = (entries >= begin) & (entries < end)
@@ -319,6 +329,11 @@ def _attend_part(
             value = value_codes(v_segment, head, base, BLOCK, V_KIND, V_GROUP, V_PAGE, V_SIZE, V_PARTS, V_RUN)
         if k_folded:
             key = key_codes(k_segment, head, base, BLOCK, K_KIND, K_GROUP, K_PAGE, K_SIZE, K_PARTS, K_RUN)
+            if far:
+                _fetch_both(
+                    k_segment, v_segment, head, base + far * BLOCK, end, BLOCK,
+                    K_KIND, K_GROUP, K_PAGE, K_SIZE, K_PARTS, V_KIND, V_GROUP, V_PAGE, V_SIZE, V_PARTS,
+                )  # fmt: skip
             logit = _folded_logits(
                 queries, key, k_segment, BLOCK, HEIGHT, K_KIND, K_BITS, K_SIZE, K_PARTS, K_RUN, PACKED
             )
@@ -385,6 +400,30 @@ def _attend_part(
 
 
 @triton.jit
+def _fetch_both(
+    keys,
+    values,
+    head,
+    base,
+    end,
+    BLOCK: tl.constexpr,
+    K_KIND: tl.constexpr,
+    K_GROUP: tl.constexpr,
+    K_PAGE: tl.constexpr,
+    K_SIZE: tl.constexpr,
+    K_PARTS: tl.constexpr,
+    V_KIND: tl.constexpr,
+    V_GROUP: tl.constexpr,
+    V_PAGE: tl.constexpr,
+    V_SIZE: tl.constexpr,
+    V_PARTS: tl.constexpr,
+):
+    if base < end:
+        fetch(keys, head, base, BLOCK, K_KIND, K_GROUP, K_PAGE, K_SIZE, K_PARTS)
+        fetch(values, head, base, BLOCK, V_KIND, V_GROUP, V_PAGE, V_SIZE, V_PARTS)
+
+
+@triton.jit
 def _folded_logits(
     queries,
     codes,
@@ -401,29 +440,35 @@ def _folded_logits(
     """Products of queries and the keys of ``key_codes``, [BLOCK, HEIGHT]."""
     RUNS: tl.constexpr = SIZE // PARTS // RUN
     logit = tl.zeros([BLOCK, HEIGHT], tl.float32)
-    lowest = tl.zeros([RUN // 2, HEIGHT], tl.float16)  # queries times minima, which all entries of a unit share
+    tiles = ()
     for run in tl.static_range(RUNS):
-        tiles = key_tiles(codes[run], KIND, BITS, PACKED)
-        asking = queries[run * 2 * PARTS : (run + 1) * 2 * PARTS]
-        if KIND == 1:
-            raw = codes[RUNS + run * 2 * PARTS : RUNS + (run + 1) * 2 * PARTS]
-            for i in tl.static_range(2 * PARTS):
-                s, m = half_ranges(segment, raw[i], relative(i, BITS, PARTS), PACKED)
-                logit = tl.dot(tiles[i], asking[i] * s[:, None], logit)
-                lowest += asking[i] * m[:, None]
-        else:
-            raw = codes[RUNS + run * PARTS : RUNS + (run + 1) * PARTS]
-            for part in tl.static_range(PARTS):
-                product = tl.dot(tiles[part], asking[part])
-                product = tl.dot(tiles[PARTS + part], asking[PARTS + part], product)
-                s, m = ranges(segment, raw[part], KIND)
-                logit += product * per_entry(s * factor(part, KIND, BITS, PARTS), HEIGHT)
-                if KIND == 2:
-                    whole = tl.sum(asking[part].to(tl.float32) + asking[PARTS + part].to(tl.float32), 0)
-                    logit += per_entry(m, HEIGHT) * whole[None, :]
+        tiles = tiles + key_tiles(codes[run], KIND, BITS, PACKED)
     if KIND == 1:
+        lowest = tl.zeros([RUN // 2, HEIGHT], tl.float16)  # queries times minima, which all entries of a unit share
+        for back in tl.static_range(PARTS):
+            # Queries have been made smaller for every part but the first.
+            if back:
+                lowest *= 1 << BITS
+            for run in tl.static_range(RUNS):
+                numbers = channel_ranges(codes[RUNS + (run + 1) * PARTS - 1 - back], HEIGHT, PACKED)
+                for byte in tl.static_range(2):
+                    asking = queries[(2 * run + byte + 1) * PARTS - 1 - back]
+                    tile = tiles[(2 * run + byte + 1) * PARTS - 1 - back]
+                    logit = tl.dot(tile, asking * numbers[2 * byte], logit)
+                    lowest += asking * numbers[2 * byte + 1]
         ones = tl.full([BLOCK, RUN // 2], 1.0, tl.float16)
         logit = tl.dot(ones, lowest, logit * factor(0, KIND, BITS, PARTS))
+    else:
+        for run in tl.static_range(RUNS):
+            for part in tl.static_range(PARTS):
+                low, high = queries[2 * run * PARTS + part], queries[(2 * run + 1) * PARTS + part]
+                product = tl.dot(tiles[2 * run * PARTS + part], low)
+                product = tl.dot(tiles[(2 * run + 1) * PARTS + part], high, product)
+                s, m = ranges(segment, codes[RUNS + run * PARTS + part], KIND)
+                logit += product * per_entry(s * factor(part, KIND, BITS, PARTS), HEIGHT)
+                if KIND == 2:
+                    whole = tl.sum(low.to(tl.float32) + high.to(tl.float32), 0)
+                    logit += per_entry(m, HEIGHT) * whole[None, :]
     return logit
 
 
@@ -463,11 +508,15 @@ def _folded_sums(
             raw = codes[RUNS + run * PARTS : RUNS + (run + 1) * PARTS]
             weights = ()
             for part in tl.static_range(PARTS):
-                s, m = ranges(segment, raw[part], KIND)
-                weights = weights + ((weight * per_entry(s, HEIGHT)).to(tl.float16),)
                 if KIND == 2:
-                    least = _in_eights(weight * per_entry(m, HEIGHT), BLOCK, HEIGHT)
+                    s, m = half_ranges(raw[part])
+                    half = weight.to(tl.float16)
+                    weights = weights + (half * per_entry(s, HEIGHT),)
+                    least = _in_eights(half * per_entry(m, HEIGHT), BLOCK, HEIGHT)
                     more = more + (minima[run * PARTS + part] * fade[None, :] + least,)
+                else:
+                    s, _ = ranges(segment, raw[part], KIND)
+                    weights = weights + ((weight * per_entry(s, HEIGHT)).to(tl.float16),)
             for i in tl.static_range(2 * PARTS):
                 added = added + (tl.dot(tiles[i], weights[i % PARTS], before[i] * fade[None, :]),)
     if KIND == 2:
@@ -547,15 +596,19 @@ def _woven_queries(
     HEIGHT: tl.constexpr,
     SIZE: tl.constexpr,
     TILES: tl.constexpr,
+    KIND: tl.constexpr,
+    BITS: tl.constexpr,
     PARTS: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """The row's queries times ``scale`` in the order of tiles of codes: [RUN / 2, HEIGHT] each, in fp16."""
+    """The row's queries times ``scale`` in the order of tiles of codes, [RUN / 2, HEIGHT] each, in fp16; where scales
+    are those of channels, such that products with any tile's numbers have the same unit."""
     line = tl.arange(0, HEIGHT)
     tiles = ()
     for i in tl.static_range(TILES):
         at = query + (row * QUERIES + line)[None, :] * SIZE + key_channels(i, SIZE, PARTS, RUN)[:, None]
-        tiles = tiles + ((tl.load(at, mask=(line < QUERIES)[None, :], other=0) * scale).to(tl.float16),)
+        unit = relative(i, BITS, PARTS) if KIND == 1 else 1.0
+        tiles = tiles + ((tl.load(at, mask=(line < QUERIES)[None, :], other=0) * (scale * unit)).to(tl.float16),)
     return tiles
 
 

@@ -25,7 +25,15 @@ def _bounds(least, most, CLIP: tl.constexpr, LEVELS: tl.constexpr, TYPE: tl.cons
     """Scale and minimum of numbers between ``least`` and ``most``, as they are stored."""
     least, most = least * CLIP, most * CLIP
     levels = tl.full(least.shape, LEVELS, tl.float32)
-    return tl.div_rn(most - least, levels).to(TYPE), least.to(TYPE)
+    return _number(tl.div_rn(most - least, levels), TYPE), _number(least, TYPE)
+
+
+@triton.jit
+def _number(x, TYPE: tl.constexpr):
+    """``x`` as it is stored, the largest number there is in place of what is beyond."""
+    if tl.float16 == TYPE:
+        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+    return x.to(TYPE)
 
 
 @triton.jit
