@@ -218,7 +218,7 @@ class Stretch:
         if any(isinstance(fmt, Float8) for fmt in settled):
             return Tuning(max(16, gcd(16, *units)), 1, 2, registers=128, resident=16)
         block, bits = max(16, gcd(32, *units)), [fmt.bits for fmt in settled if isinstance(fmt, (Int, Codes))]
-        return Tuning(block, 1, 2, registers=128, resident=16) if bits == [2, 2] else Tuning(block, 1, 2, 168, 12)
+        return Tuning(block, 1, 2, registers=168, resident=12, distance=int(max(bits) < 8))
 
     def tilings(self, block: int, exact: bool, together: int, rotary: Rotary | None) -> list[Tiling | None]:
         """How keys and values are read, None: they are not; as for ``tiling``."""
