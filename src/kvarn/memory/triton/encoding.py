@@ -1,6 +1,6 @@
-"""Dense tokens in their pages to codes and scales in other pages, bit by bit as ``Format.encode`` makes them.
+"""Dense tokens to codes and scales in pages, bit by bit as ``Format.encode`` makes them.
 
-``plan`` (int32 [4, R]) has each head's number in the page tables; the place of its
+Where they come from dense pages, ``plan`` (int32 [4, R]) has each head's number in the page tables; the place of its
 first token from the first slot of its first dense page; the place in units of the first one that is written; how many
 units. Products must not become one operation with a sum, which would round once where ``Format.encode`` rounds twice.
 """
@@ -112,10 +112,10 @@ def _encode_channels(
 
 
 @triton.jit
-def _encode_vectors(rows, codes, beside, target, there, SIZE: tl.constexpr, AS: tl.constexpr):
+def encode_vectors(rows, codes, beside, target, there, SIZE: tl.constexpr, AS: tl.constexpr):
     """Vectors that begin at ``rows`` (pointers [BLOCK]) to slots ``target`` of a pool, where they are ``there``: 8-bit
     floats with their scales, or integers by token with their ranges, which are ``beside`` their codes. ``AS``: see
-    ``_tokens_as``."""
+    ``tokens_as``."""
     if AS[0] == 0:
         _encode_floats(rows, codes, beside, target, there, SIZE, AS)
     else:
@@ -203,11 +203,19 @@ def _encode_tokens(
     there = token < tl.load(plan + 3 * heads + head)
     source = slots(x_table, x_width, number, first + token, there, X_PAGE)
     target = slots(table, width, number, place + token, there, PAGE)
-    _encode_vectors(x + source * SIZE, codes, beside, target, there, SIZE, AS)
+    encode_vectors(x + source * SIZE, codes, beside, target, there, SIZE, AS)
 
 
-def _tokens_as(fmt: Int | Float8) -> tuple:
-    """How ``_encode_vectors`` encodes in ``fmt``, whose unit is a token: 0, the width of a vector and its largest code;
+@triton.jit(do_not_specialize=["count"])
+def _encode_rows(x, codes, beside, target, count, SIZE: tl.constexpr, AS: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK of ``count`` vectors, one after another, to slots ``target``."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = row < count
+    encode_vectors(x + row * SIZE, codes, beside, tl.load(target + row, mask=there, other=0), there, SIZE, AS)
+
+
+def tokens_as(fmt: Int | Float8) -> tuple:
+    """How ``encode_vectors`` encodes in ``fmt``, whose unit is a token: 0, the width of a vector and its largest code;
     or bits, runs of a vector that share bytes, numbers that share a range, clip, levels, bytes of a vector's codes, and
     the widths of a run, of a vector's groups and of a group."""
     if isinstance(fmt, Float8):
@@ -216,9 +224,18 @@ def _tokens_as(fmt: Int | Float8) -> tuple:
     return *_integers(fmt).values(), *map(triton.next_power_of_2, widths)
 
 
-def _coded(fmt: Int | Float8, tensors: Rows) -> tuple[Tensor, Tensor]:
+def coded(fmt: Int | Float8, tensors: Rows) -> tuple[Tensor, Tensor]:
     """Codes, and what is beside them."""
     return tensors["codes"], tensors["scale" if isinstance(fmt, Float8) else "range"]
+
+
+def put(fmt: Int | Float8, x: Tensor, settled: Pool, target: Tensor) -> None:
+    """Encodes vectors ([R, size]) to flat slots ``target`` (int64 [R]) of a pool whose unit is a token."""
+    x, count, wide = x.contiguous(), x.shape[0], triton.next_power_of_2(fmt.size)
+    block = min(triton.next_power_of_2(count), max(_NUMBERS // wide, 1))
+    shape = {"SIZE": fmt.size, "AS": tokens_as(fmt), "BLOCK": block}
+    options = {"num_warps": _warps(block * wide), "enable_fp_fusion": False}
+    _encode_rows[(triton.cdiv(count, block),)](x, *coded(fmt, settled.tensors), target, count, **shape, **options)
 
 
 def encode(
@@ -227,7 +244,7 @@ def encode(
     """Encodes tokens of ``dense`` pages to units of ``settled`` ones, ``most`` of a head at most."""
     x, heads = dense.tensors["x"], plan.shape[1]
     size = {"X_PAGE": dense.page_size, "PAGE": settled.units, "SIZE": fmt.size}
-    given = x, dense_mirror.table, dense_mirror.table.shape[1], *_coded(fmt, settled.tensors)
+    given = x, dense_mirror.table, dense_mirror.table.shape[1], *coded(fmt, settled.tensors)
     paging = paged(plan, mirror)
     if isinstance(fmt, Int) and fmt.axis == "channel":
         rows, run = triton.next_power_of_2(fmt.group), fmt.size // _parts(fmt.bits)
@@ -241,7 +258,7 @@ def encode(
     block = min(triton.next_power_of_2(most), max(_NUMBERS // wide, 1))
     options = {"num_warps": _warps(block * wide), "enable_fp_fusion": False}
     _encode_tokens[(heads, triton.cdiv(most, block))](
-        *given, *paging, **size, AS=_tokens_as(fmt), BLOCK=block, **options
+        *given, *paging, **size, AS=tokens_as(fmt), BLOCK=block, **options
     )
 
 
