@@ -26,6 +26,10 @@ def token_side(size: int, group: int, hold: int, bits: int = 8, dtype: torch.dty
     return SideLayout(Int(bits, "token", group, size, dtype), Dense(size, dtype), hold=hold)
 
 
+def appended_side(size: int, group: int, bits: int = 8, dtype: torch.dtype = torch.float32) -> SideLayout:
+    return SideLayout(Int(bits, "token", group, size, dtype), Dense(size, dtype), encodes_new=True)
+
+
 def layout(kind: str, page_size: int = 4, columns: bool = True, dtype: torch.dtype = torch.float32) -> StoreLayout:
     sides = {
         "dense": (dense_side(8, dtype), dense_side(8, dtype)),
@@ -33,12 +37,14 @@ def layout(kind: str, page_size: int = 4, columns: bool = True, dtype: torch.dty
         "kivi": (channel_side(8, 4, block=8, dtype=dtype), token_side(8, 8, hold=8, dtype=dtype)),
         "kivi uneven": (channel_side(16, 4, block=4, dtype=dtype), token_side(8, 4, hold=3, dtype=dtype)),
         "keys only": (channel_side(8, 4, block=4, dtype=dtype), dense_side(8, dtype)),
+        "appended": (appended_side(8, 8, dtype=dtype), appended_side(16, 4, dtype=dtype)),
+        "values appended": (dense_side(8, dtype), appended_side(8, 4, dtype=dtype)),
     }
     keys, values = sides[kind]
     return StoreLayout(keys, values, Columns(COLUMNS) if columns else None, page_size)
 
 
-LAYOUTS = ["dense", "uneven", "kivi", "kivi uneven", "keys only"]
+LAYOUTS = ["dense", "uneven", "kivi", "kivi uneven", "keys only", "appended", "values appended"]
 
 
 def make_store(kind: str, heads: int = 3, page_size: int = 4, ceiling: int | None = None) -> Store:

@@ -42,6 +42,7 @@ DECODING = {
     "fixed-128k-32": (SNAPKV, 4096, 131000, 32),
     "kivi4-32k-32": ("kivi(bits=4)", None, 32768, 32),
     "kivi2-32k-64": ("kivi(bits=2)", None, 32768, 64),
+    "fp8-32k-32": ("fp8", None, 32768, 32),
 }
 SHAPE = {
     "hidden_size": 4096,
@@ -178,7 +179,7 @@ def _filled(model, recipe, entries, tokens, sequences, steps):
         for side in (store.keys, store.values):
             ripe = side.layout.ripe(held) if side.settled else torch.zeros_like(held)
             counts += [(side.settled, ripe)] if side.settled else []
-            counts.append((side.tail, held - ripe))
+            counts += [] if side.layout.appends_codes else [(side.tail, held - ripe)]
         if store.columns:
             counts.append((store.columns, held))
         group.capacity = torch.full_like(group.capacity, entries or 2**60)

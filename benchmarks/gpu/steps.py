@@ -24,6 +24,7 @@ from torch.nn.functional import silu
 from kvarn.attention.kernels import Pages, Projected
 from kvarn.attention.triton.matvec import Tiling, gated_linear, linear
 from kvarn.attention.triton.small import added_norm, append, gated, norm
+from kvarn.formats import Dense, Float8, Int
 
 HIDDEN, INNER, VOCABULARY, QUERIES, KEYS, SIZE = 4096, 14336, 128256, 32, 8, 128
 EPSILON = 1e-5
@@ -31,6 +32,11 @@ PAGE, PAGES = 16, 64  # tokens of a page, pages of a head
 CACHED = 256 * 2**20  # bytes that operands together must have not to be read from a cache
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 Operation = Callable[[], object]
+APPENDED = {
+    "append": Dense(SIZE, DTYPE),
+    "append 8-bit floats": Float8(SIZE, DTYPE),
+    "append 4-bit integers": Int(4, "token", 32, SIZE, DTYPE),
+}
 
 
 def random(*shape: int) -> Tensor:
@@ -97,19 +103,20 @@ def small(rows: int) -> dict[str, tuple[list[Operation], list[Operation]]]:
         gate, up = joint.chunk(2, -1)
         apart = gate.contiguous(), up.contiguous()
         add("gate", lambda g=gate, u=up: gated(g, u), lambda a=apart: silu(a[0]) * a[1])
-        add("append", *appending(rows))
+        for name, fmt in APPENDED.items():
+            add(name, *appending(rows, fmt))
     return both
 
 
-def appending(rows: int) -> tuple[Operation, Operation]:
-    """A token of ``rows`` sequences rotated and written to scattered pages."""
+def appending(rows: int, fmt: Dense | Float8 | Int) -> tuple[Operation, Operation]:
+    """A token of ``rows`` sequences rotated, and written in a format to scattered pages."""
     states = random(rows, (QUERIES + 2 * KEYS) * SIZE)
     cos, sin = random(rows, 1, SIZE), random(rows, 1, SIZE)
     heads = rows * KEYS
     table = torch.randperm(heads * PAGES, device=DEVICE).view(heads, PAGES).int()
     lengths = torch.randint(1, PAGE * PAGES, (heads,), device=DEVICE)
     spans = torch.stack([torch.zeros_like(lengths), lengths], 1).int()
-    keys, values = (Pages(random(heads * PAGES, PAGE, SIZE), table, spans) for _ in range(2))
+    keys, values = (Pages(fmt, fmt.encode(random(heads * PAGES, PAGE, SIZE)), table, spans) for _ in range(2))
     token = Projected(states, QUERIES, KEYS, (cos, sin))
     slots = table.gather(1, (lengths[:, None] - 1) // PAGE)[:, 0].long() * PAGE + (lengths - 1) % PAGE
     query, key, value = (
@@ -118,8 +125,9 @@ def appending(rows: int) -> tuple[Operation, Operation]:
     )
 
     def theirs() -> Tensor:
-        keys.x.flatten(0, 1).index_copy_(0, slots, rotated(key, cos, sin).flatten(0, 2))
-        values.x.flatten(0, 1).index_copy_(0, slots, value.flatten(0, 2))
+        for pages, new in ((keys, rotated(key, cos, sin)), (values, value)):
+            for name, encoded in fmt.encode(new.flatten(0, 2)).items():
+                pages.tensors[name].flatten(0, 1).index_copy_(0, slots, encoded)
         return rotated(query, cos, sin)
 
     return lambda: append(token, keys, values, 0), theirs

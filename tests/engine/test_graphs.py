@@ -9,6 +9,7 @@ from kernel_reference import ON_A_GPU
 from kvarn import Engine, Sampling
 from kvarn.attention import kernels
 from learnt import kvquant
+from per_token import PerToken
 from tiny_models import make_tiny
 
 pytest.importorskip("triton")
@@ -79,6 +80,8 @@ class Uncaptured(Graphs):
         pytest.param("llama", "think(ratio=0.5, window=8, recent=8)", None, marks=ON_A_GPU),
         ("llama", "zipcache(gap=3)", None),
         pytest.param("llama", "fp8", None, marks=ON_A_GPU),
+        pytest.param("llama", PerToken(), None, marks=ON_A_GPU),
+        pytest.param("qwen3", "snapkv(window=8) + fp8", 0.5, marks=ON_A_GPU),
         pytest.param("gemma3", "full", None, marks=ON_A_GPU),
         pytest.param("llama", "mustafar(recent=4)", None, marks=ON_A_GPU),
         pytest.param("llama", kvquant(), None, marks=ON_A_GPU),
@@ -129,6 +132,21 @@ def test_full_heads_make_room_while_the_host_does_not_wait(recipe):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert max(int(group.entries().max()) for group in engine._batch.groups) <= 17
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["fp8", PerToken()], ids=str)
+def test_nothing_is_left_to_encode_between_steps(recipe, monkeypatch):
+    engine = Engine(make_tiny("llama").to("cuda"), recipe, max_batch=2)
+    for prompt in PROMPTS[:2]:
+        engine.add(prompt, Sampling(max_tokens=40))
+    monkeypatch.delattr("kvarn.memory.triton.encoding.encode")
+    for _ in range(20):
+        engine.step()
+        for group in engine._batch.groups:
+            planned = int(group.store.layout.most_bytes(group.store.lengths).sum())
+            assert sum(s.page_bytes + s.bookkeeping_bytes for s in group.store.segments) == planned
+    assert engine._runner.graphs is not None
 
 
 def test_what_decides_on_the_host_is_not_captured(monkeypatch):

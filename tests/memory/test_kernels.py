@@ -166,16 +166,23 @@ FORMATS = [
 ]
 
 
-@pytest.mark.parametrize("described", FORMATS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_tokens_settle_as_the_format_encodes_them(described, dtype, device, monkeypatch):
-    if (device.type, dtype) == ("cpu", torch.bfloat16):
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
+def dtype(request: pytest.FixtureRequest, device: torch.device) -> torch.dtype:
+    if (device.type, request.param) == ("cpu", torch.bfloat16):
         pytest.skip("Triton's interpreter cuts numbers off where bfloat16 rounds")
+    return request.param
+
+
+def format_of(described: tuple, dtype: torch.dtype) -> Float8 | Int:
     if described[0] == "float8":
-        fmt = Float8(described[1], dtype)
-    else:
-        _, bits, axis, group, size, clip = described
-        fmt = Int(bits, axis, group, size, dtype, clip)
+        return Float8(described[1], dtype)
+    _, bits, axis, group, size, clip = described
+    return Int(bits, axis, group, size, dtype, clip)
+
+
+@pytest.mark.parametrize("described", FORMATS, ids=str)
+def test_tokens_settle_as_the_format_encodes_them(described, dtype, device, monkeypatch):
+    fmt = format_of(described, dtype)
     dense = Dense(fmt.size, dtype)
     side = SideLayout(fmt, dense, hold=3, block=2 * fmt.unit)
     counts = torch.tensor([70, 3, 0, 41])
@@ -206,11 +213,41 @@ def test_tokens_settle_as_the_format_encodes_them(described, dtype, device, monk
             assert torch.equal(rows[head, :count], others[name][head, :count])
 
 
+@pytest.mark.parametrize("described", [each for each in FORMATS if "channel" not in each], ids=str)
+def test_tokens_of_steps_are_encoded_where_they_are_appended(described, dtype, device, monkeypatch):
+    fmt = format_of(described, dtype)
+    side = SideLayout(fmt, Dense(fmt.size, dtype), encodes_new=True)
+    x = torch.randn(9, 4, fmt.size, generator=torch.Generator().manual_seed(0)) * 3
+    x[0] *= 1e-3  # the least float8 numbers
+    x[1, :, 8:16] = 0.25  # constant groups
+    x[2, 3] = 0
+    x = x.to(device, dtype)
+
+    def empty() -> Store:
+        return Store(StoreLayout(side, side, None, 4), Arena(device, 4), 4)
+
+    def decoded(store: Store) -> None:
+        for keys, values in zip(x, x.flip(0), strict=True):
+            store.open_token({})
+            for heads in (slice(0, 3), slice(3, 4)):
+                store.put_token(heads, keys[heads], values[heads])
+            store.settle(EVERYONE)
+
+    for store in both(device, monkeypatch, empty, decoded):
+        check_pages(store.arena, [store])
+        for given, its in ((x, store.keys), (x.flip(0), store.values)):
+            assert not its.tail.pool.capacity
+            expected = fmt.encode(given.transpose(0, 1))
+            for name, rows in its.settled.read(EVERYONE).items():
+                assert torch.equal(rows, expected[name])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("recipe", "capacity"),
     [
         ("full", 10**9),
+        ("fp8", 10**9),
         ("snapkv(window=8)", 24),
         ("h2o", 20),
         ("window", 20),

@@ -2,11 +2,14 @@
 
 import math
 
+import pytest
 import torch
-from one_layer import KV_HEADS, SIZE, OneLayer, random_tokens, split
+from one_layer import KV_HEADS, SIZE, VARIANT, OneLayer, random_tokens, split
 from real_text import divergences
 
+import kvarn
 from kvarn.formats import Float8
+from kvarn.layers import Fresh
 from kvarn.methods.fp8 import FP8
 from kvarn.spec import LayerSpec
 from test_real_model import NEEDLE, answer, haystack_with_needle
@@ -41,15 +44,33 @@ def test_the_same_cache_as_the_format_token_by_token():
             layer.token(*split(tokens, seen, seen + 1))
 
 
-def test_the_current_token_is_exact_in_its_own_step():
+def test_a_token_is_read_as_it_is_stored_in_its_own_step_too():
     tokens = random_tokens(33)
     layer = OneLayer("fp8")
     layer.prompt(*split(tokens, 0, 32))
-    keys, values = layer.keys_and_values()
     query, key, value = split(tokens, 32, 33)
-    logits = query[0].unflatten(0, (KV_HEADS, -1))[:, :, 0] @ torch.cat([keys, key[0]], 1).transpose(1, 2) / SIZE**0.5
-    expected = logits.softmax(-1) @ torch.cat([values, value[0]], 1)
-    torch.testing.assert_close(layer.token(query, key, value)[0, :, 0], expected.flatten(0, 1), rtol=1e-5, atol=1e-5)
+    out = layer.token(query, key, value)[0, :, 0]
+    keys, values = layer.keys_and_values()
+    logits = query[0].unflatten(0, (KV_HEADS, -1))[:, :, 0] @ keys.transpose(1, 2) / SIZE**0.5
+    torch.testing.assert_close(out, (logits.softmax(-1) @ values).flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "h2o + fp8"])
+def test_memory_is_what_the_plan_says_at_every_step(recipe):
+    """No page is ever held for exact tokens, neither before a step nor after it."""
+    tokens, layer = random_tokens(70), OneLayer(recipe, capacity=50)
+    layer.prompt(*split(tokens, 0, 30))
+    group, arena = layer.group, layer.group.arena
+    arena.peak_bytes = 0  # of the prompt, which was in hand
+    for seen in range(30, 70):
+        step = layer._step(tokens[1][:, :, :1])
+        group.begin_token(step)
+        planned = int(group.store.layout.most_bytes(group.store.lengths).sum())
+        assert arena.bytes + group.store.bookkeeping_bytes == planned
+        group.token(0, Fresh(*split(tokens, seen, seen + 1), step, VARIANT))
+        group.end_token(step)
+        assert arena.bytes <= arena.peak_bytes <= planned
+    assert not group.store.keys.tail.pool.capacity
 
 
 def test_several_tokens_at_once_equal_one_by_one():
@@ -86,8 +107,13 @@ def test_bytes_of_an_entry():
     assert type(keys.format) is Float8
 
 
+def test_a_step_opens_no_page_but_of_codes():
+    layout = kvarn.Recipe.parse("fp8").layout(LayerSpec(8, 2, 128, 128, None), torch.bfloat16, 16)
+    assert layout.open_bytes == 2 * (16 * 132 + 8 + 4 + 16)  # vectors, a page's and a head's bookkeeping
+
+
 def test_near_the_full_cache_where_fewer_entries_are_not(smollm2):
-    """On a real text; SnapKV holds half of the entries, which is as many bytes in 16 bits. Measured: 0.003, 0.056."""
+    """On a real text; SnapKV holds half of the entries, which is as many bytes in 16 bits. Measured: 0.002, 0.056."""
     (fp8,), (snapkv,) = divergences(smollm2, ["fp8"], 186), divergences(smollm2, ["snapkv"], 80)
     assert fp8 < 0.01
     assert fp8 < snapkv / 10

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..formats import Dense, Float8, Int, Rows
 from ..memory import Segment, Store
 from ..memory import kernels as of_memory
 from ..memory.kernels import can_run
@@ -36,26 +37,29 @@ class Projected:
 
 @dataclass(frozen=True)
 class Pages:
-    """Dense vectors of heads in pages, as they lie on the device: ``x`` [pages, page size, size], ``table`` int32
-    [heads, width], ``spans`` int32 [heads, 2]."""
+    """Tokens of heads in pages, as they lie on the device: ``tensors`` [pages, page size, *shape] of a ``format`` that
+    is dense, or encoded as tokens come (``SideLayout.appends_codes``), ``table`` int32 [heads, width], ``spans`` int32
+    [heads, 2]."""
 
-    x: Tensor
+    format: Dense | Float8 | Int
+    tensors: Rows
     table: Tensor
     spans: Tensor
 
     @classmethod
     def of(cls, segment: Segment) -> "Pages":
         mirror = segment.mirror()
-        return cls(segment.pool.tensors["x"], mirror.table, mirror.spans)
+        assert isinstance(segment.format, Dense | Float8 | Int)
+        return cls(segment.format, segment.pool.tensors, mirror.table, mirror.spans)
 
 
 def append(token: Projected, store: Store, heads: slice) -> Tensor:
-    """Writes keys and values where ``store.open_token`` made room in ``heads``, a layer's of a store that a kernel
-    reads, and rotates what is to be rotated. Returns the queries, [B, H, 1, D]."""
+    """Writes keys and values, in their formats, where ``store.open_token`` made room in ``heads``, a layer's of a store
+    that a kernel reads, and rotates what is to be rotated. Returns the queries, [B, H, 1, D]."""
     from .triton.small import append
 
     newest = store.stores[-1]
-    return append(token, Pages.of(newest.keys.tail), Pages.of(newest.values.tail), heads.start)
+    return append(token, Pages.of(newest.keys.newest), Pages.of(newest.values.newest), heads.start)
 
 
 def rotated(token: Projected, size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from ..attention.kernels import Pages, Projected
 from ..attention.reference import Variant
 from ..attention.triton.matvec import gated_linear, linear
 from ..attention.triton.small import added_norm, append, gated, norm
+from ..formats import Dense
 
 _ROWS = 3  # of the random numbers
 
@@ -230,10 +231,11 @@ class Recorder(TransformersCache):
         # Pages of one token, one for each head.
         table = torch.arange(heads, dtype=torch.int32, device=token.states.device)[:, None]
         spans = torch.cat([torch.zeros_like(table), torch.ones_like(table)], 1)
-        keys, values = (Pages(token.states.new_zeros((heads, 1, n)), table, spans) for n in (size, value_size))
+        new = [token.states.new_zeros((heads, 1, n)) for n in (size, value_size)]
+        keys, values = (Pages(Dense(x.shape[2], x.dtype), {"x": x}, table, spans) for x in new)
         query = append(token, keys, values, 0)
-        new = (pages.x.view(batch, token.keys, 1, -1) for pages in (keys, values))
-        return self.attend(nn.Identity(), layer, query, next(new), next(new), Mask({}), variant)
+        stored = [x.view(batch, token.keys, 1, -1) for x in new]
+        return self.attend(nn.Identity(), layer, query, stored[0], stored[1], Mask({}), variant)
 
 
 def joined(parts: Sequence[Any]) -> tuple[Tensor, Tensor | None] | None:

@@ -12,6 +12,7 @@ class Dense(Format):
     name = "dense"
 
     def __init__(self, size: int, dtype: torch.dtype):
+        self.size = size
         self.layout = {"x": ((size,), dtype)}
 
     def encode(self, x: Tensor) -> Rows:

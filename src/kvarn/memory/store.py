@@ -21,7 +21,8 @@ class SideLayout:
 
     ``hold`` tokens always stay dense; beyond them, the oldest settle in multiples of ``block`` tokens. A dense format
     has no tail of its own. ``before_rope``: keys, those of the tail too, are kept as they are before their rotation.
-    ``tier``: where settled tokens are; in the host's memory dense ones settle too.
+    ``tier``: where settled tokens are; in the host's memory dense ones settle too. ``encodes_new``: a token of a
+    decoding step need not be exact in that step, so that it can be encoded where it is appended (``appends_codes``).
     """
 
     format: Format
@@ -30,6 +31,7 @@ class SideLayout:
     block: int = 1
     before_rope: bool = False
     tier: Tier = "device"
+    encodes_new: bool = False
 
     @property
     def settles(self) -> bool:
@@ -39,6 +41,19 @@ class SideLayout:
     def settles_at_once(self) -> bool:
         """Whether nothing stays in the tail."""
         return self.settles and self.hold == 0 and self.block == 1
+
+    @property
+    def appends_codes(self) -> bool:
+        """Whether tokens of decoding steps are encoded where they are appended, so that they are never in the tail:
+        where nothing stays there, and kernels know to encode single tokens."""
+        alone = isinstance(self.format, Float8) or (isinstance(self.format, Int) and self.format.axis == "token")
+        return self.encodes_new and self.settles_at_once and alone and self.tier == "device"
+
+    def open_bytes(self, page_size: int) -> int:
+        """Bytes of one page of each segment of a head that tokens come to."""
+        one = torch.ones(1, dtype=torch.int64)
+        tail = 0 if self.appends_codes else int(_segment_bytes(self.dense, one, page_size))
+        return tail + (int(_segment_bytes(self.format, one, page_size, self.tier)) if self.settles else 0)
 
     def ripe(self, tail: Tensor) -> Tensor:
         """How many tokens of tails of these lengths settle."""
@@ -160,12 +175,9 @@ class StoreLayout(Layout):
     @property
     def open_bytes(self) -> int:
         one = torch.ones(1, dtype=torch.int64)
-        settled = [side for side in (self.keys, self.values) if side.settles]
-        formats = [self.keys.dense, self.values.dense, *([self.columns] if self.columns else [])]
-        formats += [beside.format for beside in self.beside.values()]
-        return sum(int(_segment_bytes(fmt, one, self.page_size)) for fmt in formats) + sum(
-            int(_segment_bytes(side.format, one, self.page_size, side.tier)) for side in settled
-        )
+        formats = [*([self.columns] if self.columns else []), *(beside.format for beside in self.beside.values())]
+        sides = self.keys.open_bytes(self.page_size) + self.values.open_bytes(self.page_size)
+        return sides + sum(int(_segment_bytes(fmt, one, self.page_size)) for fmt in formats)
 
     def _rest(self, tokens: Tensor) -> Tensor:
         """The most bytes of columns and of what is kept beside so many entries."""
@@ -198,6 +210,11 @@ class Side:
         return [self.settled, self.tail] if self.settled else [self.tail]
 
     @property
+    def newest(self) -> Segment:
+        """Where the tokens of decoding steps come."""
+        return self.settled if self.settled and self.layout.appends_codes else self.tail
+
+    @property
     def lengths(self) -> Tensor:
         return self.settled.lengths + self.tail.lengths if self.settled else self.tail.lengths
 
@@ -226,7 +243,7 @@ class Side:
 
     def pages_to_settle(self, heads: slice | Tensor) -> list[tuple[Segment, int]]:
         """Pages that ``settle`` would allocate."""
-        if self.settled is None or self.waits:
+        if self.settled is None or self.waits or not self.tail.span(heads)[1]:
             return []
         ripe = self.layout.ripe(self.tail.lengths[heads])
         return [(self.settled, self.settled.pages_to_extend(heads, ripe) + self.settled.pages_to_grow(heads))]
@@ -250,7 +267,7 @@ class Side:
 
     def settle(self, heads: slice | Tensor) -> None:
         """Moves ripe tokens from the tail to the settled segment."""
-        if self.settled is None or self.waits:
+        if self.settled is None or self.waits or not self.tail.span(heads)[1]:
             return
         ripe = self.layout.ripe(self.tail.lengths[heads])
         some = torch.nonzero(ripe).flatten()
@@ -263,6 +280,16 @@ class Side:
         else:
             self._settle(self.settled, heads, self._front(heads, int(ripe.max())), ripe)
         self.tail.pop_front(heads, ripe)
+
+    def put(self, slots: Tensor, x: Tensor, channels: slice = EVERY) -> None:
+        """Writes one token a head ([R, size], or of dense ones ``channels`` of it) at flat ``slots`` of ``newest``."""
+        fmt = self.newest.format
+        if self.newest.by_kernels and isinstance(fmt, Int | Float8):
+            from .triton.encoding import put
+
+            put(fmt, x, self.newest.pool, slots)
+        else:
+            self.newest.put(slots, fmt.encode(x), channels)
 
     def read(self, heads: slice | Tensor, index: Tensor | None = None, channels: slice = EVERY) -> Tensor:
         """The tokens of each head, settled ones first: [R, longest, size]; with ``index`` (int64 [R, m] on the device)
@@ -460,10 +487,10 @@ class Store:
         """Writes the keys and values ([R, size]) of the entry that ``open_token`` made room for, or of either these
         ``channels``."""
         if self._token_slots is None:
-            self._token_slots = self.keys.tail.next_slots(EVERY), self.values.tail.next_slots(EVERY)
+            self._token_slots = self.keys.newest.next_slots(EVERY), self.values.newest.next_slots(EVERY)
         key_slots, value_slots = self._token_slots
-        self.keys.tail.put(key_slots[heads], self.keys.tail.format.encode(keys), channels[0])
-        self.values.tail.put(value_slots[heads], self.values.tail.format.encode(values), channels[1])
+        self.keys.put(key_slots[heads], keys, channels[0])
+        self.values.put(value_slots[heads], values, channels[1])
 
     def wait(self, waits: bool) -> None:
         """While it waits, what is new stays dense and nothing settles, since it will be cut or merged again."""
@@ -623,7 +650,7 @@ class Store:
         self._require(self.pages_to_change(heads))
 
     def _open_segments(self) -> list[Segment]:
-        return [self.keys.tail, self.values.tail, *([self.columns] if self.columns else [])]
+        return [self.keys.newest, self.values.newest, *([self.columns] if self.columns else [])]
 
     def _in_whole_units(self, heads: slice | Tensor, mask: Tensor) -> Tensor | None:
         """Entries whose whole unit stays and is settled on both sides: kept first, they need no new encoding. None

@@ -15,8 +15,8 @@ class FP8(Method):
     """Keeps every key and every value as e4m3 with a scale of its own.
 
     The largest number of a vector becomes the largest that e4m3 has; each number is kept within a sixteenth of itself.
-    Nothing stays exact: a token is encoded at the end of the step that brings it, in which it is exact. Prompts are
-    attended to exactly.
+    Nothing stays exact: a generated token is encoded where it is stored, so that its own step reads it so too. Prompts
+    are attended to exactly.
     """
 
     name = "fp8"
@@ -30,4 +30,4 @@ class FP8(Method):
 
 
 def _side(size: int, dtype: torch.dtype) -> SideLayout:
-    return SideLayout(Float8(size, dtype), Dense(size, dtype))
+    return SideLayout(Float8(size, dtype), Dense(size, dtype), encodes_new=True)

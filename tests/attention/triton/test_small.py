@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from kvarn.attention.kernels import Pages, Projected
 from kvarn.attention.triton.matvec import Tiling, gated_linear, linear
 from kvarn.attention.triton.small import added_norm, append, gated, norm, turned
+from kvarn.formats import Dense, Float8, Int
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -63,7 +64,7 @@ def test_rotations(random, turns):
         torch.testing.assert_close(ours, rotated(states, cos, sin), **exact(query))
 
 
-def pages(random, heads, size, first, page=4):
+def pages(random, heads, fmt, first, page=4):
     """Heads from ``first`` on with 1 to 9 tokens in scattered pages, one of them empty; the slots of their newest."""
     lengths = torch.arange(first + heads) % 9 + 1
     lengths[first + 1] = 0
@@ -71,9 +72,10 @@ def pages(random, heads, size, first, page=4):
     table = torch.randperm((first + heads) * 16).view(-1, 16).int()
     last = (starts + lengths - 1).clamp(min=0)
     slots = table.gather(1, last[:, None] // page)[:, 0].long() * page + last % page
-    x = random(table.numel(), page, size)
+    rows = fmt.encode(random(table.numel(), page, fmt.size))
+    device = next(iter(rows.values())).device
     spans = torch.stack([starts, lengths], 1).int()
-    return Pages(x, table.to(x.device), spans.to(x.device)), slots[first:], lengths[first:] > 0
+    return Pages(fmt, rows, table.to(device), spans.to(device)), slots[first:], lengths[first:] > 0
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(4, 4), (6, 2), (12, 3), (16, 2), (9, 9), (0, 3)])
@@ -91,16 +93,61 @@ def test_tokens_are_rotated_where_they_are_stored(random, queries, keys, normed)
         new[:2] = [rotated(x, *turn) for x in new[:2]]
     stored, expected = [], []
     for x in new[-2:]:
-        kept, slots, held = pages(random, batch * keys, x.shape[-1], first)
-        rows = kept.x.clone()
+        kept, slots, held = pages(random, batch * keys, Dense(x.shape[-1], x.dtype), first)
+        rows = kept.tensors["x"].clone()
         rows.flatten(0, 1)[slots[held]] = x.flatten(0, 2)[held]
         stored.append(kept)
         expected.append(rows)
     out = append(Projected(states, queries, keys, turn, norms), *stored, first)
     if queries:
         torch.testing.assert_close(out, new[0], **exact(out))
-    torch.testing.assert_close(stored[0].x, expected[0], **exact(out))
-    assert torch.equal(stored[1].x, expected[1])
+    torch.testing.assert_close(stored[0].tensors["x"], expected[0], **exact(out))
+    assert torch.equal(stored[1].tensors["x"], expected[1])
+
+
+CODES = {
+    "dense": Dense,
+    "float8": Float8,
+    **{f"int{bits}": lambda size, dtype, bits=bits: Int(bits, "token", 8, size, dtype) for bits in (2, 3, 4, 8)},
+    "whole int4": lambda size, dtype: Int(4, "token", size, size, dtype, clip=0.9),
+}
+
+
+@pytest.mark.parametrize(
+    ("of_keys", "of_values"),
+    [
+        ("float8", "float8"),
+        ("int8", "int4"),
+        ("int4", "int2"),
+        ("int2", "float8"),
+        ("int3", "int3"),
+        ("whole int4", "dense"),
+        ("dense", "whole int4"),
+    ],
+)
+@pytest.mark.parametrize(("queries", "keys", "normed"), [(6, 2, False), (9, 9, True), (0, 3, False)])
+def test_tokens_are_encoded_where_they_are_stored(random, of_keys, of_values, queries, keys, normed):
+    """As the format encodes what would be stored exactly, bit by bit; nothing else changes."""
+    batch, size, value_size, first = 3, 24, 16, 2
+    states = random(batch, (queries + keys) * size + keys * value_size)
+    states[1, queries * size :] = 0  # vectors without a largest number
+    turn = tuple(random(batch, 1, size) for _ in range(2)) if queries else None
+    norms = [(random(size), 1e-5), (random(size), 1e-4)] if normed else []
+    token = Projected(states, queries, keys, turn, norms)
+    sizes, exactly, encoded = (size, value_size), [], []
+    for kind, n in zip((of_keys, of_values), sizes, strict=True):
+        torch.manual_seed(0)  # the same pages for both
+        exactly.append(pages(random, batch * keys, Dense(n, states.dtype), first))
+        torch.manual_seed(0)
+        encoded.append(pages(random, batch * keys, CODES[kind](n, states.dtype), first))
+    before = [{name: rows.clone() for name, rows in each.tensors.items()} for each, *_ in encoded]
+    outs = [append(token, *(each for each, *_ in kept), first) for kept in (exactly, encoded)]
+    assert torch.equal(*outs)
+    for (exact_pages, slots, held), (kept, *_), rows in zip(exactly, encoded, before, strict=True):
+        new = kept.format.encode(exact_pages.tensors["x"].flatten(0, 1)[slots[held]])
+        for name, tensor in rows.items():
+            tensor.flatten(0, 1)[slots[held]] = new[name]
+            assert torch.equal(kept.tensors[name], tensor)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])

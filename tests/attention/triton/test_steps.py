@@ -7,6 +7,7 @@ from kernel_reference import ON_A_GPU
 from kvarn.attention import kernels
 from learnt import kvquant
 from methods.one_layer import VARIANT, OneLayer, random_tokens, split
+from per_token import PerToken
 
 RECIPES = [
     ("full", 10**9),
@@ -26,6 +27,8 @@ RECIPES = [
     pytest.param("mikv(low=4)", 10**9, marks=ON_A_GPU),
     ("snapkv(window=8) + zipcache(gap=5)", 24),
     ("fp8", 10**9),
+    (PerToken(), 10**9),
+    pytest.param("think(ratio=0.5, window=8) + fp8", 10**9, marks=ON_A_GPU),
     pytest.param("h2o + fp8", 20, marks=ON_A_GPU),
     pytest.param("snapkv(window=8) + mustafar(recent=4)", 24, marks=ON_A_GPU),
     pytest.param("gear(group=8, block=8)", 10**9, marks=ON_A_GPU),

@@ -263,10 +263,10 @@ def stretches(store: Store) -> list[Stretch]:
 
 def _apart(side: Side, grows: bool) -> tuple[int, ...]:
     """The segments of a side that launches read: what is a map of something else apart from what is not. ``grows``: new
-    tokens come to the tail."""
+    tokens come here, to the tail unless they are encoded as they come."""
     if side.settled is None:
         return (_TAIL,)
-    if side.layout.settles_at_once and not grows:
+    if side.layout.appends_codes or (side.layout.settles_at_once and not grows):
         return (_SETTLED,)
     return (_SETTLED, _TAIL) if isinstance(side.settled.format, Mapped) else (_SETTLED | _TAIL,)
 

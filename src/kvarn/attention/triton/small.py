@@ -9,6 +9,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ...formats import Dense
+from ...memory.triton.encoding import coded, encode_vectors, tokens_as
 from ..kernels import Pages, Projected
 from .decode import overlaps
 
@@ -122,11 +124,15 @@ def _newest(table, spans, width, head, there, PAGE: tl.constexpr):
 
 
 @triton.jit
-def _copied(source, target, there, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """Vectors of some heads, ``source`` and ``target`` [BLOCK]."""
-    place = tl.arange(0, WIDTH)[None, :]
-    held = there[:, None] & (place < SIZE)
-    tl.store(target[:, None] + place, tl.load(source[:, None] + place, mask=held, other=0), mask=held)
+def _kept(source, pages, beside, slot, there, SIZE: tl.constexpr, WIDTH: tl.constexpr, AS: tl.constexpr):
+    """Vectors of some heads, ``source`` [BLOCK], to slots of pages: as they are, or encoded (see ``tokens_as``)."""
+    if AS is None:
+        place = tl.arange(0, WIDTH)[None, :]
+        held = there[:, None] & (place < SIZE)
+        numbers = tl.load(source[:, None] + place, mask=held, other=0)
+        tl.store(pages + slot[:, None] * SIZE + place, numbers, mask=held)
+    else:
+        encode_vectors(source, pages, beside, slot, there, SIZE, AS)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -137,12 +143,15 @@ def _appended(
     query_weight,
     key_weight,
     keys,
+    key_beside,  # where keys are encoded
     key_table,
     key_spans,
     values,
+    value_beside,
     value_table,
     value_spans,
     out,  # [tokens, QUERIES, SIZE]
+    turned,  # [tokens, HEADS, SIZE]: keys that are encoded after their rotation
     first,
     table_row,
     key_width,
@@ -157,11 +166,14 @@ def _appended(
     VALUE_WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
+    KEYS_AS: tl.constexpr,
+    VALUES_AS: tl.constexpr,
     TURNED: tl.constexpr,
     NORMED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Some heads of one token: queries first, then keys, then values."""
+    """Some heads of one token: queries first, then keys, then values. Keys and values are stored as they are, or
+    encoded (see ``tokens_as``)."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
@@ -185,14 +197,20 @@ def _appended(
         source = states + (QUERIES + head) * SIZE
         if TURNED:
             a, b = _rotated(source, there, cos + turn, sin + turn, key_weight, key_epsilon, HALF, WIDTH, NORMED)
-            _stored(keys + slot * SIZE, a, b, there, HALF, WIDTH)
-        else:
-            _copied(source, keys + slot * SIZE, there, SIZE, 2 * WIDTH)
+            if KEYS_AS is None:
+                _stored(keys + slot * SIZE, a, b, there, HALF, WIDTH)
+            else:
+                # Channels that share a scale or a byte are in both halves: all are read again as they lie in memory.
+                source = turned + (token * HEADS + head) * SIZE
+                _stored(source, a, b, there, HALF, WIDTH)
+                tl.debug_barrier()
+        if not TURNED or KEYS_AS is not None:
+            _kept(source, keys, key_beside, slot, there, SIZE, 2 * WIDTH, KEYS_AS)
     else:
         head -= (OF_QUERIES + OF_KEYS) * BLOCK
         slot, there = _newest(value_table, value_spans, value_width, stored + head, head < HEADS, PAGE)
         source = states + (QUERIES + HEADS) * SIZE + head * VALUE
-        _copied(source, values + slot * VALUE, there, VALUE, VALUE_WIDTH)
+        _kept(source, values, value_beside, slot, there, VALUE, VALUE_WIDTH, VALUES_AS)
 
 
 def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -254,11 +272,13 @@ def turned(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 
 def append(token: Projected, keys: Pages, values: Pages, first: int) -> Tensor:
-    """Rotates queries and keys, and writes keys and values as the newest of heads from ``first`` on. Returns the
-    queries, [B, H, 1, D]."""
-    states, size, value_size = token.states, keys.x.shape[-1], values.x.shape[-1]
+    """Rotates queries and keys, and writes keys and values, in the formats of their pages, as the newest of heads from
+    ``first`` on. Returns the queries, [B, H, 1, D]."""
+    states, size, value_size = token.states, keys.format.size, values.format.size
     batch, overlap = states.shape[0], overlaps(states.device)
     out = states.new_empty((batch, token.queries, 1, size))
+    (key_pages, key_beside, keys_as), (value_pages, value_beside, values_as) = _written(keys), _written(values)
+    between = out if keys_as is None or token.turn is None else states.new_empty((batch, token.keys, size))
     cos, sin = token.turn or (states, states)
     (query_weight, query_epsilon), (key_weight, key_epsilon) = token.norms or [(cos, 0.0)] * 2
     grid = (batch, triton.cdiv(token.queries, _HEADS) + 2 * triton.cdiv(token.keys, _HEADS))
@@ -268,13 +288,16 @@ def append(token: Projected, keys: Pages, values: Pages, first: int) -> Tensor:
         sin,
         query_weight,
         key_weight,
-        keys.x,
+        key_pages,
+        key_beside,
         keys.table,
         keys.spans,
-        values.x,
+        value_pages,
+        value_beside,
         values.table,
         values.spans,
         out,
+        between,
         first,
         0 if cos.shape[0] == 1 else size,
         keys.table.stride(0),
@@ -287,8 +310,10 @@ def append(token: Projected, keys: Pages, values: Pages, first: int) -> Tensor:
         WIDTH=triton.next_power_of_2(triton.cdiv(size, 2)),
         VALUE=value_size,
         VALUE_WIDTH=triton.next_power_of_2(value_size),
-        PAGE=keys.x.shape[1],
+        PAGE=key_pages.shape[1],
         BLOCK=_HEADS,
+        KEYS_AS=keys_as,
+        VALUES_AS=values_as,
         TURNED=token.turn is not None,
         NORMED=bool(token.norms),
         OVERLAP=overlap,
@@ -297,3 +322,10 @@ def append(token: Projected, keys: Pages, values: Pages, first: int) -> Tensor:
         launch_pdl=overlap,
     )
     return out
+
+
+def _written(pages: Pages) -> tuple[Tensor, Tensor, tuple | None]:
+    """The tensors that tokens are written to, twice the same where they stay as they are, and how they are encoded."""
+    if isinstance(pages.format, Dense):
+        return pages.tensors["x"], pages.tensors["x"], None
+    return *coded(pages.format, pages.tensors), tokens_as(pages.format)
