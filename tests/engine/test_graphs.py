@@ -8,7 +8,7 @@ import torch
 from kernel_reference import ON_A_GPU
 from kvarn import Engine, Sampling
 from kvarn.attention import kernels
-from learnt import kvquant
+from learnt import kvquant, rotatekv
 from per_token import PerToken
 from tiny_models import make_tiny
 
@@ -85,6 +85,8 @@ class Uncaptured(Graphs):
         pytest.param("gemma3", "full", None, marks=ON_A_GPU),
         pytest.param("llama", "mustafar(recent=4)", None, marks=ON_A_GPU),
         pytest.param("llama", kvquant(), None, marks=ON_A_GPU),
+        pytest.param("llama", "vidkv(group=8, residual=8)", None, marks=ON_A_GPU),
+        pytest.param("llama", rotatekv(bits=4, group=16, massive=3), None, marks=ON_A_GPU),
     ],
 )
 def test_a_pass_over_buffers_gives_the_tokens_of_the_cache(architecture, recipe, budget, device, monkeypatch):

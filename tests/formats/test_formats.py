@@ -235,7 +235,7 @@ def test_keys_tell_formats_apart() -> None:
 
 
 def test_no_tokens_at_all_are_read_as_none() -> None:
-    fmt = Spectral(8, 4, 16, torch.float32).given({"wide": torch.arange(8, dtype=torch.int16).expand(3, -1)})
+    fmt = Spectral(8, 4, 16, torch.float32).given({"order": torch.arange(16, dtype=torch.int16).expand(3, -1)})
     rows = fmt.encode(torch.zeros(3, 0, 16))
     assert rows["signs"].shape[:2] == (3, 0)
     assert fmt.decode(rows).shape == (3, 0, 16)

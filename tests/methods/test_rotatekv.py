@@ -148,7 +148,7 @@ def test_orders_bring_channels_that_are_alike_together():
     x = means + torch.randn(1, 200, 64, generator=generator)
     plain = Rotated(Int(2, "token", 16, 64, torch.float32), 64, 64)
     ordered = Rotated(plain.inner, 64, 64, means[None, None])
-    ordered = ordered.given({"order": ordered.shared["order"][0]})
+    ordered = ordered.given({"rank": ordered.shared["rank"][0]})
     errors = [float((fmt.decode(fmt.encode(x)) - x).norm()) for fmt in (plain, ordered)]
     assert errors[1] < 0.7 * errors[0]
 

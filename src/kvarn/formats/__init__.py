@@ -14,6 +14,7 @@ from .nonuniform import NonUniform, exact_numbers
 from .ranged import Codes, Ranged
 from .rescaled import Balanced, Rescaled, Separable
 from .rotated import Rotated
+from .signs import Signs
 from .sparse import Sparse
 from .spectral import Spectral
 from .ternary import Ternary
@@ -40,6 +41,7 @@ __all__ = [
     "Rotated",
     "Rows",
     "Separable",
+    "Signs",
     "Sparse",
     "Spectral",
     "Subspace",

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..errors import RecipeError
-from .base import Format, Rows
+from .base import Rows
+from .integer import Int
 from .mapped import Mapped
 from .packing import places_dtype
 
@@ -18,24 +19,26 @@ class Rotated(Mapped):
 
     ``means`` ([layers, KV heads, size], of each layer's vectors): after the transform the channels are encoded in
     ascending order of theirs, so that those that share a scale are alike (RotateKV, arXiv 2501.16383, sections 4.1 and
-    4.2). The order is what the layer shares.
+    4.2). The rank of each channel is what the layer shares.
     """
 
-    _order: Tensor  # int64 [R, size] of the heads that the format was given
+    inner: Int
+    _rank: Tensor  # int64 [R, size] of the heads that the format was given
 
-    def __init__(self, inner: Format, block: int, size: int, means: Tensor | None = None):
+    def __init__(self, inner: Int, block: int, size: int, means: Tensor | None = None):
         if block & (block - 1) or size % block:
             raise RecipeError(f"a Hadamard transform of {block} channels: needs a power of two that divides {size}")
         self.inner, self.block = inner, block
         self.unit, self.layout = inner.unit, inner.layout
         self.name = f"rotated{block}{'' if means is None else ' ordered'} {inner.name}"
         if means is not None:
-            self.shared = {"order": self._turned(means).argsort(dim=-1).to(places_dtype(size))}
+            order = self._turned(means).argsort(dim=-1)
+            self.shared = {"rank": order.argsort(dim=-1).to(places_dtype(size))}
 
     def given(self, state: Rows) -> "Rotated":
         bound = copy(self)
         if self.shared:
-            bound._order = state["order"].long()
+            bound._rank = state["rank"].long()
         return bound
 
     def encode(self, x: Tensor) -> Rows:
@@ -44,14 +47,14 @@ class Rotated(Mapped):
     def decode(self, rows: Rows) -> Tensor:
         turned = self.inner.decode(rows)
         if self.shared:
-            turned = turned.scatter(-1, self._order[:, None].expand_as(turned), turned)
+            turned = turned.gather(-1, self._rank[:, None].expand_as(turned))
         return self._turned(turned)
 
     def asked(self, query: Tensor) -> Tensor:
         return self._ordered(self._turned(query.float()))
 
     def _ordered(self, turned: Tensor) -> Tensor:
-        return turned.gather(-1, self._order[:, None].expand_as(turned)) if self.shared else turned
+        return turned.scatter(-1, self._rank[:, None].expand_as(turned), turned) if self.shared else turned
 
     def _turned(self, x: Tensor) -> Tensor:
         return hadamard(x.float().unflatten(-1, (-1, self.block))).flatten(-2).to(x.dtype)

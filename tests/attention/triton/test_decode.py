@@ -193,7 +193,7 @@ def test_after_entries_have_come_and_gone(device):
 def test_what_no_kernel_reads_is_left_to_the_reference(device):
     dense = Dense(16, torch.float32)
     other = SideLayout(Spectral(8, 16, 16, torch.float32), dense, block=16)
-    store = Store(StoreLayout(other, SideLayout(dense, dense), None, 16), Arena(device, 16), 2)
+    store = Store(StoreLayout(SideLayout(dense, dense), other, None, 16), Arena(device, 16), 2)
     assert decode(torch.randn(1, 4, 1, 16, device=device), store, slice(0, 2), Variant(1.0)) is None
 
 

@@ -8,7 +8,20 @@ from torch import Tensor
 from kvarn.attention import Part, Variant, attend_with_mass
 from kvarn.attention.kernels import decode, reads
 from kvarn.attention.rotary import Rotary
-from kvarn.formats import Columns, Corrected, Dense, Exempt, Float8, Format, Int, NonUniform, Sparse, Ternary
+from kvarn.formats import (
+    Columns,
+    Corrected,
+    Dense,
+    Exempt,
+    Float8,
+    Format,
+    Int,
+    NonUniform,
+    Rotated,
+    Sparse,
+    Spectral,
+    Ternary,
+)
 from kvarn.memory import Arena, SideLayout, Store, StoreLayout
 from tiny_models import make_tiny
 
@@ -29,8 +42,9 @@ def levels(bits: int, size: int, exact: int, fixed: bool, dtype: torch.dtype, he
 
 
 def side(kind: str, size: int, dtype: torch.dtype, heads: int = 2) -> SideLayout:
-    """As in ``sparse/9``, ``ternary/16``, ``int4/channel/16/32/2/0.1`` (bits, axis, group, block, rank, outliers) or
-    ``levels3/token/4/2`` (bits, range, exact numbers, exact tokens)."""
+    """As in ``sparse/9``, ``ternary/16``, ``spectral/16/8`` (channels of two bits, group), ``int4/channel/16/32/2/0.1``
+    (bits, axis, group, block, rank, outliers), ``turned2/16/64/3`` (bits, group, block, exact tokens), the same in an
+    order as ``ranked2/…``, or ``levels3/token/4/2`` (bits, range, exact numbers, exact tokens)."""
     name, *rest = kind.split("/")
     dense = Dense(size, dtype)
     if name == "dense":
@@ -41,6 +55,14 @@ def side(kind: str, size: int, dtype: torch.dtype, heads: int = 2) -> SideLayout
         return SideLayout(Sparse(int(rest[0]), size, dtype), dense, hold=3)
     if name == "ternary":
         return SideLayout(Ternary(int(rest[0]), 0.5, size, dtype), dense, block=2 * int(rest[0]))
+    if name == "spectral":
+        group = int(rest[1])
+        return SideLayout(Spectral(int(rest[0]), group, size, dtype), dense, block=2 * group)
+    if name.startswith(("turned", "ranked")):
+        group, block, most = map(int, rest)
+        means = torch.randn(2, 1, size, generator=torch.Generator().manual_seed(5)) if name[0] == "r" else None
+        turned = Rotated(Int(int(name[6:]), "token", group, size, dtype), block, size, means)
+        return SideLayout(Exempt(turned, most, size, dtype), dense, hold=2)
     if name.startswith("int"):
         axis, group, *correction = rest
         fmt: Format = Int(int(name[3:]), axis, int(group), size, dtype)
@@ -135,6 +157,8 @@ KINDS = [
     ("int2/channel/16/32/2/0.1", "int2/token/16/16/2/0.1"),
     ("int4/channel/16/16/1/0.0", "int8/token/8/32/0/0.2"),
     ("int3/token/16/16/2/0.05", "int3/channel/8/16/3/0.05"),
+    ("spectral/16/16", "ternary/16"),
+    ("spectral/8/8", "turned4/16/32/3"),
 ]
 
 
@@ -143,7 +167,7 @@ def test_every_format_as_the_reference(keys, values, device):
     check(*stored(side(keys, 32, torch.float32), side(values, 32, torch.float32), device))
 
 
-@pytest.mark.parametrize(("keys", "values"), [KINDS[0], KINDS[3], KINDS[4], KINDS[7]])
+@pytest.mark.parametrize(("keys", "values"), [KINDS[0], KINDS[3], KINDS[4], KINDS[7], KINDS[10]])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(keys, values, dtype, device):
     skip_interpreted(dtype, device)
@@ -153,7 +177,7 @@ def test_half_precision(keys, values, dtype, device):
 @pytest.mark.parametrize(("size", "group"), [(80, 1), (16, 3), (128, 4)])
 @pytest.mark.parametrize(
     ("keys", "values"),
-    [("sparse/7", "ternary/16"), ("levels4/channel/4/1", "int4/token/8/16/2/0.1")],
+    [("sparse/7", "ternary/16"), ("levels4/channel/4/1", "int4/token/8/16/2/0.1"), ("spectral/8/16", "ternary/8")],
 )
 def test_head_sizes_and_groups(keys, values, size, group, device):
     store, heads = stored(side(keys, size, torch.float32), side(values, size, torch.float32), device, [35, 0, 20, 8])
@@ -199,6 +223,41 @@ def test_rows_of_several_heads(keys, values, turns, heads, device):
     keys, values = (side(kind, 16 * heads, torch.float32, heads=1) for kind in (keys, values))
     store, own = stored(keys, values, device, [38, 0, 21], heads=1)
     check(store, own, 16, batch=3, together=heads, rotary=rotary)
+
+
+# Heads, the size of each, and queries; whether keys are rotated.
+ROWS = [
+    ("ranked2/16/64/3", "turned2/32/16/3", 4, 16, 2, True),
+    ("ranked4/8/32/0", "turned4/64/16/2", 4, 16, 1, True),
+    ("ranked2/32/64/2", "dense", 2, 32, 4, False),
+    ("ranked3/8/16/2", "turned3/48/16/0", 3, 16, 2, True),
+    ("turned8/16/64/1", "turned8/16/64/1", 2, 64, 2, True),
+]
+
+
+@pytest.mark.parametrize(("keys", "values", "heads", "size", "group", "turns"), ROWS)
+def test_rows_of_heads_that_are_turned_together(keys, values, heads, size, group, turns, device):
+    rows_of_turned_heads(keys, values, torch.float32, heads, size, group, turns, device)
+
+
+@pytest.mark.parametrize(("keys", "values", "heads", "size", "group", "turns"), [ROWS[0], ROWS[4]])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_of_heads_that_are_turned_together_in_half_precision(
+    keys, values, heads, size, group, turns, dtype, device
+):
+    skip_interpreted(dtype, device)
+    rows_of_turned_heads(keys, values, dtype, heads, size, group, turns, device)
+
+
+def rows_of_turned_heads(
+    keys: str, values: str, dtype: torch.dtype, heads: int, size: int, group: int, turns: bool, device: torch.device
+) -> None:
+    rotary = Rotary(make_tiny("llama", head_dim=size).to(device)) if turns else None
+    if rotary:
+        rotary.reserve(600)
+    sides = (side(kind, size * heads, dtype, heads=1) for kind in (keys, values))
+    store, own = stored(*sides, device, [38, 0, 21], heads=1)
+    check(store, own, size, batch=3, group=group, together=heads, rotary=rotary)
 
 
 def test_rotations_of_a_part_of_the_channels_are_left_to_the_reference(device):

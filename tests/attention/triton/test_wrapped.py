@@ -20,6 +20,7 @@ from kvarn.formats import (
     Ranged,
     Rotated,
     Separable,
+    Spectral,
     innermost,
 )
 from kvarn.memory import Arena, SideLayout, Store, StoreLayout, TieredLayout, TieredStore
@@ -57,6 +58,7 @@ def side(kind: str, size: int, dtype: torch.dtype) -> SideLayout:
         "balanced/rotated": lambda: (Balanced(Rotated(codes(8, "token", size, dtype), 16, size), size, dtype), 3, 1),
         "rotated": lambda: (Rotated(codes(4, "channel", size, dtype), 16, size), 0, group),
         "rotated/ordered": lambda: (Rotated(codes(4, "token", size, dtype), size, size, means), 4, 1),
+        "spectral": lambda: (Spectral(size // 2, group, size, dtype), 0, group),
         "ranged": lambda: (Ranged(4, size, dtype), 6, 1),
         "ranged/8": lambda: (Ranged(8, size, dtype), 0, 1),
         "ranged/3": lambda: (Ranged(3, size, dtype), 0, 1),
@@ -149,6 +151,7 @@ KINDS = [
     ("balanced/at once", "int4/channel"),
     ("rotated", "int4"),
     ("rotated/ordered", "dense"),
+    ("spectral", "rotated/ordered"),
     ("ranged", "separable"),
     ("ranged/8", "dense"),
     ("ranged/3", "separable/grows"),
@@ -246,14 +249,17 @@ def test_what_cannot_be_mapped_is_left_to_the_reference(device):
     inner = codes(4, "token", SIZE, torch.float32)
     plain = SideLayout(dense, dense)
     for keys, values in [
-        (plain, SideLayout(Rotated(inner, SIZE, SIZE), dense)),
+        (plain, SideLayout(Rotated(inner, SIZE // 2, SIZE), dense)),
+        (plain, SideLayout(Rotated(codes(4, "channel", SIZE, torch.float32), SIZE, SIZE), dense, block=16)),
         (plain, SideLayout(Ranged(4, SIZE, torch.float32), dense)),
         (SideLayout(Exempt(inner, 2, SIZE, torch.float32), dense), plain),
     ]:
         assert not reads(Store(StoreLayout(keys, values, None, PAGE), Arena(device, PAGE), 2), 2)
 
 
-@pytest.mark.parametrize("kind", ["narrow", "balanced/rotated", "balanced", "rotated", "rotated/ordered", "ranged"])
+@pytest.mark.parametrize(
+    "kind", ["narrow", "balanced/rotated", "balanced", "rotated", "rotated/ordered", "spectral", "ranged"]
+)
 def test_a_map_of_queries_gives_the_products_of_what_is_decoded(kind):
     layout = side(kind, SIZE, torch.float32)
     fmt, generator = layout.format, torch.Generator().manual_seed(0)

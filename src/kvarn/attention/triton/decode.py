@@ -23,6 +23,8 @@ from ...formats import (
     Mapped,
     NonUniform,
     Rescaled,
+    Rotated,
+    Signs,
     Sparse,
     Ternary,
     innermost,
@@ -32,7 +34,7 @@ from ..reference import Paid, Variant
 from ..rotary import Rotary
 from ..updates import Updates
 from .columns import put
-from .kinds import LEVELS_CHANNEL, LEVELS_TOKEN, SPARSE, TERNARY
+from .kinds import LEVELS_CHANNEL, LEVELS_TOKEN, RANKED, SIGNS, SPARSE, TERNARY, TURNED
 from .split import attend_split, merge_splits
 from .tiles import CHANNEL, CODES, DENSE, FLOAT8, TOKEN
 
@@ -41,7 +43,8 @@ _OVERLAP = True
 _MOST_QUERIES = 16  # rows of a tensor-core tile
 _LEAST_CHUNK = 128  # entries of a split
 _MANY = 2**21  # entries that keep all processors busy for several splits each
-_MOST_BESIDE = 64  # exact numbers of a vector, or exact tokens: loops over them are unrolled
+_MOST_BESIDE = 64  # exact numbers of a vector (loops over them are unrolled), or exact tokens (entries look for theirs)
+_TURNED = 32  # channels that one product transforms: more are more multiplications, fewer are more sums before
 _SETTLED, _TAIL = 1, 2  # bits: segments of a side
 
 
@@ -58,7 +61,7 @@ class Tiling:
     run: int
     fine: bool = False
     folded: bool = False
-    beside: tuple[int, int, int, int] = (0, 0, 0, 0)
+    beside: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
 
     @property
     def tiles(self) -> int:
@@ -110,9 +113,12 @@ def _tiling(fmt: Format, block: int, exact: bool) -> Tiling | None:
         return Tiling(SPARSE.value, 1, fmt.kept, fmt.size, 8, fmt.size // 8)
     if type(fmt) is Ternary:
         return Tiling(TERNARY.value, 2, fmt.unit, fmt.size, 1, fmt.size)
+    if type(fmt) is Signs:
+        run = gcd(fmt.wide, fmt.size)
+        return Tiling(SIGNS.value, 2, fmt.unit, fmt.size, 1, run, beside=(0, 0, 0, 0, fmt.wide))
     if type(fmt) is Corrected:
         cut = _tiling(fmt.backbone, block, exact)
-        return cut and replace(cut, folded=False, beside=(2 * fmt.each_side, fmt.rank, fmt.unit, 0))
+        return cut and replace(cut, folded=False, beside=(2 * fmt.each_side, fmt.rank, fmt.unit, 0, 0))
     if type(fmt) is Codes:
         parts = _parts(fmt.bits)
         return Tiling(CODES.value, fmt.bits, fmt.size, fmt.size, parts, fmt.size // parts)
@@ -135,10 +141,16 @@ def _joint_tiling(fmt: Format, heads: int) -> Tiling | None:
         return Tiling(DENSE.value, 16, row, row // heads, 1, row // heads)
     if type(fmt) is NonUniform:
         kind, size = LEVELS_CHANNEL if fmt.fixed else LEVELS_TOKEN, fmt.size // heads
-        return Tiling(kind.value, fmt.bits, size, size, 1, size, beside=(fmt.exact, 0, 0, 0))
-    if type(fmt) is Exempt and type(fmt.inner) is NonUniform:
+        return Tiling(kind.value, fmt.bits, size, size, 1, size, beside=(fmt.exact, 0, 0, 0, 0))
+    if type(fmt) is Rotated:
+        kind, size = RANKED if fmt.shared else TURNED, fmt.inner.size // heads
+        if fmt.inner.axis == "channel" or fmt.block % size:
+            return None
+        beside = (0, 0, 0, 0, fmt.block // size)
+        return Tiling(kind.value, fmt.inner.bits, fmt.inner.group, size, 1, gcd(size, _TURNED), beside=beside)
+    if type(fmt) is Exempt and isinstance(fmt.inner, NonUniform | Rotated):
         cut = _joint_tiling(fmt.inner, heads)
-        return cut and replace(cut, beside=(*cut.beside[:3], fmt.most))
+        return cut and replace(cut, beside=(*cut.beside[:3], fmt.most, cut.beside[4]))
     return None
 
 
@@ -543,18 +555,27 @@ def arguments(segment: Segment, column: str | None = None) -> tuple:
 
 def _beside(segment: Segment) -> tuple[tuple, ...]:
     """The tensors that the kind of a segment needs besides, and those of exact tokens (see ``kinds``)."""
-    fmt, tensors = segment.format, segment.pool.tensors
-    if type(fmt) is Corrected:
+    fmt = segment.format
+    if isinstance(fmt, Exempt):
+        return (*_of_kind(segment, fmt.inner), (segment.state["exact"], segment.state["places"]))
+    return _of_kind(segment, fmt)
+
+
+def _of_kind(segment: Segment, fmt: Format) -> tuple[tuple, ...]:
+    tensors, (shared, row) = segment.pool.tensors, segment.shared
+    while isinstance(fmt, Mapped) and not (isinstance(fmt, Rotated) and fmt.shared):
+        fmt = fmt.inner
+    if isinstance(fmt, Rotated):
+        return ((shared["rank"], row),)
+    if isinstance(fmt, Corrected):
         return (tuple(tensors[name] for name in ("exact", "places", "left", "right")),)
-    exempt = type(fmt) is Exempt
-    levels = fmt.inner if isinstance(fmt, Exempt) else fmt
-    if not isinstance(levels, NonUniform):
-        return ()
-    shared, row = segment.shared
-    ranges = shared if levels.fixed else tensors
-    read = shared["read"] if "read" in shared else shared["levels"]
-    own = tensors["exact"], tensors["places"], read, row, ranges["center"], ranges["half"]
-    return (own, (segment.state["exact"], segment.state["places"])) if exempt else (own,)
+    if isinstance(fmt, Signs):
+        return ((tensors["signs"], tensors["magnitude"]),)
+    if isinstance(fmt, NonUniform):
+        ranges = shared if fmt.fixed else tensors
+        read = shared["read"] if "read" in shared else shared["levels"]
+        return ((tensors["exact"], tensors["places"], read, row, ranges["center"], ranges["half"]),)
+    return ()
 
 
 def _first(tensors: dict[str, Tensor], *names: str) -> Tensor | None:

@@ -3,19 +3,23 @@ is laid over decoded numbers (corrections, exact tokens, rotations).
 
 A segment, as kernels take it, is what ``tiles`` reads of it, then the tensors of its kind or of its corrections, then
 those of exact tokens, each as a tuple where there are any. ``BESIDE`` is (exact numbers of a vector, rank of a
-correction, entries of its block, exact tokens of a head). Where HEADS KV heads have one row of the store, a row has
-their vectors one after another and ``part`` is the head that is read; ``SIZE`` is the size of a head's vector.
+correction, entries of its block, exact tokens of a head, integers beside signs or heads transformed together). Where
+HEADS KV heads have one row of the store, a row has their vectors one after another and ``part`` is the head that is
+read; ``SIZE`` is the size of a head's vector.
 """
 
 import triton
 import triton.language as tl
 
-from .tiles import along, down, first_channel, numbers, slots
+from .tiles import along, down, first_channel, numbers, ranges_at, slots
 
 SPARSE = tl.constexpr(8)  # a bitmap, and the numbers at its bits
 LEVELS_CHANNEL = tl.constexpr(9)  # codes of levels, ranges of channels that a layer shares, exact numbers apart
 LEVELS_TOKEN = tl.constexpr(10)  # the same with a range for each entry
 TERNARY = tl.constexpr(11)  # signs or zeros, five to a byte, and a scale for each channel of a unit
+SIGNS = tl.constexpr(12)  # integers of two bits for the first channels, signs and magnitudes for the others
+TURNED = tl.constexpr(13)  # integers with a scale for channels of an entry, after a transform of some heads together
+RANKED = tl.constexpr(14)  # the same, in an order of channels that a layer shares
 
 
 @triton.jit
@@ -50,6 +54,11 @@ def vectors(
     elif KIND == 8:
         slot = slots(segment, head, entries, PAGE)
         tiles = _sparse(segment, slot, GROUP, SIZE, RUN, WIDTH, TYPE, ACROSS)
+    elif KIND == 13 or KIND == 14:
+        slot = slots(segment, head, entries, PAGE)
+        tiles = _turned(
+            segment, head, slot, part, KIND == 14, BITS, GROUP, SIZE, TILES, RUN, WIDTH, TYPE, HEADS, BESIDE[4], ACROSS
+        )  # fmt: skip
     else:
         slot = slots(segment, head, entries, PAGE)
         tiles = ()
@@ -58,6 +67,8 @@ def vectors(
             there = tl.arange(0, WIDTH) < RUN
             if KIND == 11:
                 x = _ternary(segment, slot, channel, there, GROUP, SIZE, ACROSS)
+            elif KIND == 12:
+                x = _signs(segment, slot, i * RUN, GROUP, BESIDE[4], SIZE, RUN, WIDTH, ACROSS)
             else:
                 place = part * SIZE + channel
                 if KIND == 0:
@@ -162,6 +173,154 @@ def _ternary(segment, slot, channel, there, UNIT: tl.constexpr, SIZE: tl.constex
     signs = ((codes * along(power, ACROSS)) >> 16) % 3 - 1
     scale = tl.load(segment[1] + down(slot // UNIT, ACROSS) * SIZE + along(channel, ACROSS), mask=there, other=0)
     return signs.to(tl.float32) * scale.to(tl.float32)
+
+
+@triton.jit
+def _signs(
+    segment,
+    slot,
+    FIRST: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    SIZE: tl.constexpr,
+    RUN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACROSS: tl.constexpr,
+):
+    """Numbers FIRST … FIRST + RUN, of which either all or none are among the WIDE ones that are integers."""
+    inside = _inside(RUN, WIDTH, ACROSS)
+    row, unit = down(slot, ACROSS), down(slot // UNIT, ACROSS)
+    if FIRST < WIDE:
+        place = along(FIRST + tl.arange(0, WIDTH), ACROSS)
+        return _integers(
+            segment[0] + row * (WIDE // 4), place, inside, segment[1], unit * WIDE + place, inside, 2, WIDE
+        )
+    else:
+        REST: tl.constexpr = SIZE - WIDE
+        signs, magnitudes = segment[5]
+        place = along(FIRST - WIDE + tl.arange(0, WIDTH), ACROSS)
+        codes = _code(signs + row * (REST // 8), place, inside, 1, REST)
+        magnitude = tl.load(magnitudes + unit * REST + place, mask=inside, other=0)
+        return (2 * codes - 1).to(tl.float32) * magnitude.to(tl.float32)
+
+
+@triton.jit
+def _turned(
+    segment,
+    head,
+    slot,
+    part,
+    ORDERED: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SIZE: tl.constexpr,
+    TILES: tl.constexpr,
+    RUN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TYPE: tl.constexpr,
+    HEADS: tl.constexpr,
+    JOINT: tl.constexpr,
+    ACROSS: tl.constexpr,
+):
+    """The vectors of head ``part`` of rows in which the vectors of JOINT neighbouring heads were transformed together.
+
+    A Walsh-Hadamard transform is one over the heads, then one over the tiles of a head, then one within tiles.
+    """
+    ENTRIES: tl.constexpr = slot.shape[0]
+    ROW: tl.constexpr = SIZE * HEADS
+    rows = segment[0] + down(slot, ACROSS) * (ROW * BITS // 8)
+    ranges = segment[1] + down(slot, ACROSS) * (ROW // GROUP * 2)
+    if ORDERED:
+        ranks = segment[5][0] + tl.load(segment[5][1] + head) * ROW
+    inside = _inside(RUN, WIDTH, ACROSS)
+    first = part // JOINT * JOINT
+    sums = ()
+    for _ in tl.static_range(TILES):
+        sums = sums + (tl.zeros([WIDTH, ENTRIES] if ACROSS else [ENTRIES, WIDTH], tl.float32),)
+    for other in tl.range(JOINT, num_stages=1):
+        sign = 1.0 - 2 * _odd((part - first) & other)
+        added = ()
+        for i in tl.static_range(TILES):
+            begin = (first + other) * SIZE + i * RUN
+            place = begin + along(tl.arange(0, WIDTH), ACROSS)
+            if ORDERED:
+                place = tl.load(ranks + place, mask=inside, other=0).to(tl.int32)
+            if not ORDERED and GROUP % RUN == 0:
+                x = _integers(rows, place, inside, ranges, begin // GROUP, True, BITS, ROW)
+            else:
+                x = _integers(rows, place, inside, ranges, place // GROUP, inside, BITS, ROW)
+            added = added + (sums[i] + sign * x,)
+        sums = added
+    return _turned_within(sums, TILES, RUN, WIDTH, TYPE, SIZE * JOINT, ACROSS)
+
+
+@triton.jit
+def _turned_within(
+    sums,
+    TILES: tl.constexpr,
+    RUN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TYPE: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    ACROSS: tl.constexpr,
+):
+    """The transform over tiles and within each; TOGETHER numbers are transformed in all."""
+    channel = tl.arange(0, WIDTH)
+    # Products with what tiles have beyond RUN are 0.
+    within = (channel < RUN)[:, None] & (channel < RUN)[None, :]
+    matrix = tl.where(within, 1 - 2 * _odd(channel[:, None] & channel[None, :]), 0).to(TYPE)
+    for bit in tl.static_range(_log2(TILES)):
+        mixed = ()
+        for i in tl.static_range(TILES):
+            if i >> bit & 1:
+                mixed = mixed + (sums[i - (1 << bit)] - sums[i],)
+            else:
+                mixed = mixed + (sums[i] + sums[i + (1 << bit)],)
+        sums = mixed
+    tiles = ()
+    for i in tl.static_range(TILES):
+        total = (sums[i] * _inverse_root(TOGETHER)).to(TYPE)
+        if ACROSS:
+            turned = tl.dot(matrix, total, input_precision="ieee")
+        else:
+            turned = tl.dot(total, matrix, input_precision="ieee")
+        tiles = tiles + (turned.to(TYPE),)
+    return tiles
+
+
+@triton.jit
+def _integers(rows, place, inside, ranges, index, there, BITS: tl.constexpr, SIZE: tl.constexpr):
+    """Numbers ``place`` of packed rows, whose scales and minima are ``ranges`` at ``index``."""
+    scale, minimum = ranges_at(ranges, index, there)
+    codes = _code(rows, place, inside, BITS, SIZE)
+    return codes.to(tl.float32) * scale.to(tl.float32) + minimum.to(tl.float32)
+
+
+@triton.jit
+def _inside(RUN: tl.constexpr, WIDTH: tl.constexpr, ACROSS: tl.constexpr):
+    """Which places of a tile hold numbers, beside tiles. True, all of them, costs nothing."""
+    if RUN == WIDTH:
+        return True
+    else:
+        return along(tl.arange(0, WIDTH) < RUN, ACROSS)
+
+
+@triton.jit
+def _odd(bits):
+    """1 where an odd number of the low eight bits are set, else 0."""
+    bits ^= bits >> 4
+    bits ^= bits >> 2
+    return (bits ^ (bits >> 1)) & 1
+
+
+@triton.constexpr_function
+def _log2(power):
+    return power.bit_length() - 1
+
+
+@triton.constexpr_function
+def _inverse_root(number):
+    return number**-0.5
 
 
 @triton.jit
@@ -270,11 +429,11 @@ def _exempted(
     MOST: tl.constexpr,
 ):
     """The same with exact vectors where a head has them."""
-    exact, places = segment[6]
+    exact, places = segment[-1]
     row = head.to(tl.int64) * MOST
-    found = tl.full(entries.shape, -1, tl.int32)
-    for i in tl.static_range(MOST):
-        found = tl.where(tl.load(places + row + i) == entries, i, found)
+    every = tl.arange(0, _power_of_two(MOST))
+    place = tl.load(places + row + every, mask=every < MOST, other=-1)
+    found = tl.max(tl.where(place[None, :] == entries[:, None], every[None, :], -1), 1)
     apart = down(found >= 0, ACROSS)
     first = down((row + found) * (SIZE * HEADS) + part * SIZE, ACROSS)
     out = ()
@@ -284,3 +443,8 @@ def _exempted(
         x = tl.load(exact + first + along(channel, ACROSS), mask=there, other=0).to(tiles[i].dtype)
         out = out + (tl.where(apart, x, tiles[i]),)
     return out
+
+
+@triton.constexpr_function
+def _power_of_two(number):
+    return triton.next_power_of_2(number)

@@ -97,14 +97,14 @@ def numbers(
                 for part in tl.static_range(PARTS if KIND != 4 else 0):
                     first = first_channel(run * PARTS + part, PARTS, RUN, SIZE)
                     if FINE and KIND == 1:
-                        s, m = _range(ranges, row // GROUP * SIZE + first + channel, channel < RUN)
+                        s, m = ranges_at(ranges, row // GROUP * SIZE + first + channel, channel < RUN)
                     elif FINE:
-                        s, m = _range(ranges, row * (SIZE // GROUP) + (first + channel) // GROUP, channel < RUN)
+                        s, m = ranges_at(ranges, row * (SIZE // GROUP) + (first + channel) // GROUP, channel < RUN)
                     elif KIND == 1:
                         unit = slots(segment, head, base, PAGE) // GROUP
-                        s, m = _range(ranges, unit * SIZE + first + channel, channel < RUN)
+                        s, m = ranges_at(ranges, unit * SIZE + first + channel, channel < RUN)
                     else:
-                        s, m = _range(ranges, slot * (SIZE // GROUP) + first // GROUP, slot >= 0)
+                        s, m = ranges_at(ranges, slot * (SIZE // GROUP) + first // GROUP, slot >= 0)
                         s, m = down(s, ACROSS), down(m, ACROSS)
                     scales = scales + (s,)
                     minima = minima + (m,)
@@ -139,7 +139,7 @@ def _load(at, channel, RUN: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _range(ranges, index, there):
+def ranges_at(ranges, index, there):
     """Scales and minima at ``index``. Those of two bytes are loaded together: loads of less than four bytes cannot be
     under way in the background."""
     number = ranges.dtype.element_ty
