@@ -159,10 +159,8 @@ def fetch(
     PARTS: tl.constexpr,
 ):
     """Has the memory bring what BLOCK entries from ``base`` on have into the second cache, without waiting for it."""
-    if KIND == 3:
-        numbers: tl.constexpr = segment[1].dtype.element_ty.primitive_bitwidth // 8
-    else:
-        numbers: tl.constexpr = SIZE // GROUP * 4 if KIND == 2 else SIZE * 4 // GROUP
+    width: tl.constexpr = segment[1].dtype.element_ty.primitive_bitwidth // 8
+    numbers: tl.constexpr = width if KIND == 3 else SIZE // GROUP * 4 if KIND == 2 else SIZE * 4 // GROUP
     together: tl.constexpr = BLOCK if PAGE % BLOCK == 0 else PAGE
     for first in tl.static_range(0, BLOCK, together):
         place = _page(segment, head, (base + first) // PAGE) * PAGE + (base + first) % PAGE

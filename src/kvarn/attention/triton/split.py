@@ -453,8 +453,7 @@ def _folded_logits(
                 numbers = channel_ranges(codes[RUNS + (run + 1) * PARTS - 1 - back], HEIGHT, PACKED)
                 for byte in tl.static_range(2):
                     asking = queries[(2 * run + byte + 1) * PARTS - 1 - back]
-                    tile = tiles[(2 * run + byte + 1) * PARTS - 1 - back]
-                    logit = tl.dot(tile, asking * numbers[2 * byte], logit)
+                    logit = tl.dot(tiles[(2 * run + byte + 1) * PARTS - 1 - back], asking * numbers[2 * byte], logit)
                     lowest += asking * numbers[2 * byte + 1]
         ones = tl.full([BLOCK, RUN // 2], 1.0, tl.float16)
         logit = tl.dot(ones, lowest, logit * factor(0, KIND, BITS, PARTS))
