@@ -25,6 +25,7 @@ RECIPES = [
     ("snapkv(window=8) + think(ratio=0.4, window=8, recent=4)", 24),
     pytest.param("think(ratio=0.5, window=8) + kivi(bits=4, group=8, residual=8)", 10**9, marks=ON_A_GPU),
     pytest.param("mikv(low=4)", 10**9, marks=ON_A_GPU),
+    ("arkv(window=4, keep=0.9)", 24),
     ("snapkv(window=8) + zipcache(gap=5)", 24),
     ("fp8", 10**9),
     (PerToken(), 10**9),
