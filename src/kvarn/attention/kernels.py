@@ -11,7 +11,7 @@ from ..formats import Dense, Float8, Int, Rows
 from ..memory import Segment, Store
 from ..memory import kernels as of_memory
 from ..memory.kernels import can_run
-from .reference import Paid, Variant
+from .reference import Paid, Part, Variant
 from .rotary import Rotary
 from .updates import Updates
 
@@ -123,6 +123,21 @@ def prompt(
     from .triton.prompt import attend_prompt
 
     return attend_prompt(query, keys, values, store, heads, variant, window, counts)
+
+
+def prompt_decoded(
+    query: Tensor, keys: Tensor, values: Tensor, past: Part, lengths: Tensor, variant: Variant
+) -> Tensor | None:
+    """As ``prompt``, over the first ``lengths`` (int64 [B, K] on the host) of each head's entries ``past``, which have
+    been decoded.
+
+    None on other devices, without Triton, and where these have weights.
+    """
+    if not _serves(query.device) or past.log_weight is not None:
+        return None
+    from .triton.prompt import attend_decoded
+
+    return attend_decoded(query, keys, values, past, lengths, variant)
 
 
 def serves_prompts(store: Store) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..attention import Paid, Part, Variant, attend, attend_observed
-from ..attention.kernels import Projected, append, decode, prompt, reads, rotated, serves_prompts
+from ..attention.kernels import Projected, append, decode, prompt, prompt_decoded, reads, rotated, serves_prompts
 from ..attention.rotary import Rotary
 from ..attention.updates import Update, Updates
 from ..memory import Arena, Layout, Segment, Store, StoreLayout, TieredLayout, TieredStore, sent
@@ -268,6 +268,8 @@ class LayerGroup:
         stored = self._candidates(heads) if past and out is not None and self._weighs(number, fresh.step) else None
         if out is None:
             stored = self._part(heads, None) if past else None
+            out = self._over_decoded(heads, stored, fresh) if stored else None
+        if out is None:
             out = attend(fresh.query, self._exact_parts(heads, stored, fresh), fresh.variant)
         self.prompted = fresh.step.after
         decoded = [stored.keys, stored.values] if stored else []
@@ -789,6 +791,14 @@ class LayerGroup:
             return None
         new = fresh.query, fresh.keys, fresh.values
         return prompt(*new, self.store, heads, fresh.variant, self.layer.window, self._counted)
+
+    def _over_decoded(self, heads: slice, stored: Part, fresh: Fresh) -> Tensor | None:
+        """The same over what was decoded, where no kernel reads it as it lies."""
+        if fresh.step.padded or self.layer.window is not None:
+            return None
+        lengths = self.store.lengths[heads].view(self.batch, -1)
+        lengths = lengths.repeat_interleave(stored.keys.shape[1] // lengths.shape[1], 1)
+        return prompt_decoded(fresh.query, fresh.keys, fresh.values, stored, lengths, fresh.variant)
 
     @property
     def captures(self) -> bool:
