@@ -7,7 +7,6 @@ import torch
 
 from kernel_reference import ON_A_GPU
 from kvarn import Engine, Sampling
-from kvarn.attention import kernels
 from learnt import kvquant, rotatekv
 from per_token import PerToken
 from tiny_models import make_tiny
@@ -93,13 +92,13 @@ class Uncaptured(Graphs):
     ],
 )
 def test_a_pass_over_buffers_gives_the_tokens_of_the_cache(architecture, recipe, budget, device, monkeypatch):
-    monkeypatch.setattr(kernels, "DEVICES", {"cpu", "cuda"})
+    monkeypatch.setattr("kvarn.memory.kernels.DEVICES", {"cpu", "cuda"})
     model = make_tiny(architecture, num_hidden_layers=4 if architecture == "gemma3" else 1).to(device)
     # Enough tokens for what was observed to decide.
     sampling = [Sampling(max_tokens=n) for n in (12 if recipe == "h2o" else 5, 3, 2)]
     own = Engine(make_tiny(architecture, num_hidden_layers=model.config.num_hidden_layers), recipe, budget)
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "DEVICES", set())
+        patch.setattr("kvarn.memory.kernels.DEVICES", set())
         expected = [answer.tokens for answer in own.generate(PROMPTS, sampling)]
     engine = Engine(model, recipe, budget, max_batch=6)
     if device == "cpu":
@@ -170,13 +169,13 @@ def test_nothing_is_left_to_encode_between_steps(recipe, monkeypatch):
 
 
 def test_what_decides_on_the_host_is_not_captured(monkeypatch):
-    monkeypatch.setattr(kernels, "DEVICES", {"cpu", "cuda"})
+    monkeypatch.setattr("kvarn.memory.kernels.DEVICES", {"cpu", "cuda"})
     model = make_tiny("llama")
     for recipe, budget in [("keyformer", 20), ("xquant(bits=8, group=16)", None)]:
         engine = Engine(model, recipe, budget)
         engine.generate(PROMPTS[:1], Sampling(max_tokens=1))
         engine.add(PROMPTS[0], Sampling(max_tokens=5))
         with monkeypatch.context() as patch:
-            patch.setattr(kernels, "DEVICES", set())
+            patch.setattr("kvarn.memory.kernels.DEVICES", set())
             engine.step()
         assert not any(group.captures for group in engine._batch.groups)

@@ -137,7 +137,7 @@ def test_chunks_of_a_prompt_are_those_of_the_reference(recipe, device, monkeypat
 
     monkeypatch.setattr("kvarn.layers.group.prompt", spied)
     for name, devices in (("reference", set()), ("kernel", {device.type})):
-        monkeypatch.setattr("kvarn.attention.kernels.DEVICES", devices)
+        monkeypatch.setattr("kvarn.memory.kernels.DEVICES", devices)
         layer = layers[name] = OneLayer(recipe, 10**9 if recipe in ("full", RECIPES[1]) else 24, device.type)
         parts = [split(tokens, first, last) for first, last in ((0, 30), (30, 47), (47, 60))]
         outs[name] = torch.cat([layer.prompt(*(t.to(device) for t in part)) for part in parts], 2)
@@ -215,7 +215,7 @@ def test_what_no_kernel_reads_as_it_lies_is_decoded_once(recipe, capacity, devic
     monkeypatch.setattr("kvarn.layers.group.prompt_decoded", spied)
     outs = {}
     for name, devices in (("reference", set()), ("kernel", {device.type})):
-        monkeypatch.setattr("kvarn.attention.kernels.DEVICES", devices)
+        monkeypatch.setattr("kvarn.memory.kernels.DEVICES", devices)
         layer = OneLayer(recipe, capacity, device.type)
         parts = [split(random_tokens(40), first, last) for first, last in ((0, 30), (30, 40))]
         outs[name] = torch.cat([layer.prompt(*(t.to(device) for t in part)) for part in parts], 2)
@@ -239,7 +239,7 @@ def test_chunks_of_whole_models(name, recipe, device, monkeypatch):
     model, ids = make_tiny(name).to(device), torch.randint(1, 160, (2, 40), generator=torch.Generator().manual_seed(5))
     logits = {}
     for devices in (set(), {device.type}):
-        monkeypatch.setattr("kvarn.attention.kernels.DEVICES", devices)
+        monkeypatch.setattr("kvarn.memory.kernels.DEVICES", devices)
         cache = kvarn.Cache(model, recipe)
         with torch.no_grad():
             for part in ids.to(device).split(20, 1):
