@@ -89,7 +89,7 @@ def main() -> None:
     start = time.perf_counter()
     sizes = TINY if options.tiny else Sizes()
     if DEVICE.type == "cpu":
-        kernels.DEVICES = memory_kernels.DEVICES = {"cpu"}
+        memory_kernels.DEVICES = {"cpu"}
     model, tokenizer = kvarn.load(options.model, dtype=getattr(torch, options.dtype), device=DEVICE)
     if options.tiny:
         model.model.layers = model.model.layers[:1]
@@ -121,7 +121,7 @@ def _row(model: PreTrainedModel, tokenizer, recipe: str, windows: Tensor, asked:
     budget = RECIPES.get(recipe, BUDGET if _evicts(recipe) else None)
     row: dict = {"budget": budget}
     nll, answers = {}, {}
-    for path, chosen in (("kernels", nullcontext), ("reference", kernels.reference_only)):
+    for path, chosen in (("kernels", nullcontext), ("reference", memory_kernels.reference_only)):
         with chosen():
             nll[path], read = _nll(KvarnSubject(model, recipe, budget), windows, sizes)
             answers[path], captured = _answered(model, recipe, budget, asked, sizes)

@@ -7,7 +7,6 @@ import torch
 
 from kernel_reference import ON_A_GPU
 from kvarn import Engine, Sampling
-from kvarn.attention import kernels
 from learnt import kvquant, rotatekv
 from per_token import PerToken
 from tiny_models import make_tiny
@@ -79,6 +78,9 @@ class Uncaptured(Graphs):
         ("llama", "kivi(bits=4, group=16, residual=16)", None),
         pytest.param("llama", "think(ratio=0.5, window=8, recent=8)", None, marks=ON_A_GPU),
         ("llama", "zipcache(gap=3)", None),
+        pytest.param("llama", "mikv(low=4)", None, marks=ON_A_GPU),
+        pytest.param("llama", "h2o + mikv(low=4)", 20, marks=ON_A_GPU),
+        pytest.param("llama", "arkv(window=4, keep=0.9)", 18, marks=ON_A_GPU),
         pytest.param("llama", "fp8", None, marks=ON_A_GPU),
         pytest.param("llama", PerToken(), None, marks=ON_A_GPU),
         pytest.param("qwen3", "snapkv(window=8) + fp8", 0.5, marks=ON_A_GPU),
@@ -90,13 +92,13 @@ class Uncaptured(Graphs):
     ],
 )
 def test_a_pass_over_buffers_gives_the_tokens_of_the_cache(architecture, recipe, budget, device, monkeypatch):
-    monkeypatch.setattr(kernels, "DEVICES", {"cpu", "cuda"})
+    monkeypatch.setattr("kvarn.memory.kernels.DEVICES", {"cpu", "cuda"})
     model = make_tiny(architecture, num_hidden_layers=4 if architecture == "gemma3" else 1).to(device)
     # Enough tokens for what was observed to decide.
     sampling = [Sampling(max_tokens=n) for n in (12 if recipe == "h2o" else 5, 3, 2)]
     own = Engine(make_tiny(architecture, num_hidden_layers=model.config.num_hidden_layers), recipe, budget)
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "DEVICES", set())
+        patch.setattr("kvarn.memory.kernels.DEVICES", set())
         expected = [answer.tokens for answer in own.generate(PROMPTS, sampling)]
     engine = Engine(model, recipe, budget, max_batch=6)
     if device == "cpu":
@@ -118,9 +120,24 @@ def test_a_pass_over_buffers_gives_the_tokens_of_the_cache(architecture, recipe,
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", ["h2o", "lazyeviction(window=4)"])
-def test_full_heads_make_room_while_the_host_does_not_wait(recipe):
-    engine = Engine(make_tiny("llama").to("cuda"), recipe, 16, max_batch=2)
+@pytest.mark.parametrize(("recipe", "budget"), [("h2o", 200), ("mikv(low=4)", None)])
+def test_what_a_query_pays_is_counted_once(recipe, budget):
+    """When its pass is captured too."""
+    engine = Engine(make_tiny("llama").to("cuda"), recipe, budget, max_batch=2)
+    for prompt in PROMPTS[:2]:
+        engine.add(prompt, Sampling(max_tokens=40))
+    for _ in range(4):
+        engine.step()
+    ((group,), seen) = engine._batch.groups, engine._batch.seen
+    mass = group.store.read_column(group.everyone, "mass")
+    mass = mass.masked_fill(~group._within(group.everyone), 0).sum(1).cpu()
+    torch.testing.assert_close(mass, group._per_head(seen)[group.everyone].float(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("recipe", "budget"), [("h2o", 16), ("lazyeviction(window=4)", 16), ("mikv(low=4)", None)])
+def test_entries_leave_and_move_while_the_host_does_not_wait(recipe, budget):
+    engine = Engine(make_tiny("llama").to("cuda"), recipe, budget, max_batch=2)
     for prompt in PROMPTS[:2]:
         engine.add(prompt, Sampling(max_tokens=40))
     for _ in range(8):
@@ -133,7 +150,7 @@ def test_full_heads_make_room_while_the_host_does_not_wait(recipe):
             engine._batch.open()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert max(int(group.entries().max()) for group in engine._batch.groups) <= 17
+    assert budget is None or max(int(group.entries().max()) for group in engine._batch.groups) <= budget + 1
 
 
 @pytest.mark.gpu
@@ -152,13 +169,13 @@ def test_nothing_is_left_to_encode_between_steps(recipe, monkeypatch):
 
 
 def test_what_decides_on_the_host_is_not_captured(monkeypatch):
-    monkeypatch.setattr(kernels, "DEVICES", {"cpu", "cuda"})
+    monkeypatch.setattr("kvarn.memory.kernels.DEVICES", {"cpu", "cuda"})
     model = make_tiny("llama")
-    for recipe, budget in [("keyformer", 20), ("mikv(low=4)", None), ("xquant(bits=8, group=16)", None)]:
+    for recipe, budget in [("keyformer", 20), ("xquant(bits=8, group=16)", None)]:
         engine = Engine(model, recipe, budget)
         engine.generate(PROMPTS[:1], Sampling(max_tokens=1))
         engine.add(PROMPTS[0], Sampling(max_tokens=5))
         with monkeypatch.context() as patch:
-            patch.setattr(kernels, "DEVICES", set())
+            patch.setattr("kvarn.memory.kernels.DEVICES", set())
             engine.step()
         assert not any(group.captures for group in engine._batch.groups)

@@ -89,6 +89,19 @@ def test_the_same_three_states_as_the_paper(exact):
     assert all(bool(head.quantized) == (exact < 16) for head in naive)
 
 
+def test_attention_is_observed_where_a_head_is_full():
+    tokens, layer = random_tokens(50), OneLayer(f"arkv(window={WINDOW})", 40)
+    layer.group._high[:] = 40
+    layer.prompt(*split(tokens, 0, 36))
+    observed = []
+    for position in range(36, 50):
+        layer.token(*split(tokens, position, position + 1))
+        observed.append(bool(layer.group.observing))
+    # Of 41 entries a quarter of those before the window, and the fraction of one, leaves.
+    assert [place for place, seen in enumerate(observed) if seen] == [4]
+    assert layer.group.store.lengths.tolist() == [40] * KV_HEADS
+
+
 def compare(layer: OneLayer, naive: list[Naive]) -> None:
     store, everyone = layer.group.store, layer.group.everyone
     for tier, of_low in ((store.low, True), (store.high, False)):

@@ -1,21 +1,16 @@
 """Attention on a GPU: what the Triton kernels serve. Everything else takes the reference path."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..formats import Dense, Float8, Int, Rows
 from ..memory import Segment, Store
-from ..memory import kernels as of_memory
-from ..memory.kernels import can_run
-from .reference import Paid, Variant
+from ..memory.kernels import serves
+from .reference import Paid, Part, Variant
 from .rotary import Rotary
 from .updates import Updates
-
-DEVICES = {"cuda"}  # tests add "cpu", where Triton interprets its kernels
 
 
 @dataclass(frozen=True)
@@ -125,6 +120,21 @@ def prompt(
     return attend_prompt(query, keys, values, store, heads, variant, window, counts)
 
 
+def prompt_decoded(
+    query: Tensor, keys: Tensor, values: Tensor, past: Part, lengths: Tensor, variant: Variant
+) -> Tensor | None:
+    """As ``prompt``, over the first ``lengths`` (int64 [B, K] on the host) of each head's entries ``past``, which have
+    been decoded.
+
+    None on other devices, without Triton, and where these have weights.
+    """
+    if not serves(query.device) or past.log_weight is not None:
+        return None
+    from .triton.prompt import attend_decoded
+
+    return attend_decoded(query, keys, values, past, lengths, variant)
+
+
 def serves_prompts(store: Store) -> bool:
     """Whether ``prompt`` serves this store."""
     if not reads(store):
@@ -134,23 +144,11 @@ def serves_prompts(store: Store) -> bool:
     return readable(store)
 
 
-@contextmanager
-def reference_only() -> Iterator[None]:
-    """No kernel reads, moves or encodes what is stored: what is computed is the reference's, to compare with."""
-    global DEVICES
-    before = DEVICES, of_memory.DEVICES
-    DEVICES, of_memory.DEVICES = set(), set()
-    try:
-        yield
-    finally:
-        DEVICES, of_memory.DEVICES = before
-
-
 def reads(store: Store, queries: int | None = None, together: int = 1, rotary: Rotary | None = None) -> bool:
     """Whether a kernel may read this store, for sure where the ``queries`` of a KV head are given. ``together``: KV
     heads that are one head of the store."""
     device = store.arena.device
-    if not _serves(device):
+    if not serves(device):
         return False
     if any(segment.pool.device.type != device.type for segment in store.segments):
         return False
@@ -159,7 +157,3 @@ def reads(store: Store, queries: int | None = None, together: int = 1, rotary: R
     from .triton.decode import readable
 
     return readable(store, queries, together, rotary)
-
-
-def _serves(device: torch.device) -> bool:
-    return device.type in DEVICES and can_run(device)

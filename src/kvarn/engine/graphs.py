@@ -17,6 +17,7 @@ from ..layers import LayerGroup, Step
 from ..memory import Segment, sent
 
 _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+_LEAST = 128  # entries of a head, on average: fewer are little work
 
 
 class Pass(TransformersCache):
@@ -53,8 +54,9 @@ class Pass(TransformersCache):
 
 
 class Graphs:
-    """Captured passes of one model over one cache, made when a batch size comes for the first time, and again when
-    pages or tables have moved, or when there are twice as many entries as ever."""
+    """Captured passes of one model over one cache, made when a batch size comes for the first time, or columns are to
+    be changed in another way, and again when pages or tables have moved, or when a store has twice as many entries as
+    ever."""
 
     def __init__(self, model: PreTrainedModel, cache: Cache, most: int):
         from .fused import Fused
@@ -64,9 +66,10 @@ class Graphs:
         self.ids = torch.zeros((most, 1), dtype=torch.int64, device=self.device)
         self.positions = torch.zeros((most, 1), dtype=torch.int64, device=self.device)
         self.fused = Fused(model)
-        self._captured: dict[int, tuple[tuple, torch.cuda.CUDAGraph, Tensor]] = {}
+        # By the rows of a pass and the columns that it changes.
+        self._captured: dict[tuple, tuple[tuple, torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory: Any = None  # what the captured passes share
-        self._entries = 1  # a power of two that all groups' entries were below so far
+        self._entries: tuple[int, ...] = ()  # of each store a power of two that its entries were below so far
         self._prepared: Step | None = None  # the opened step whose buffers are filled
 
     @staticmethod
@@ -92,27 +95,32 @@ class Graphs:
         self._prepared = self.cache.opened
 
     def _replayed(self, rows: int, state: tuple) -> Tensor:
-        if rows not in self._captured or self._captured[rows][0] != state:
-            self._capture(rows, state)
-        _, graph, logits = self._captured[rows]
+        kind = rows, *(group.updates for group in self.cache.groups)
+        if kind not in self._captured or self._captured[kind][0] != state:
+            return self._capture(kind, state)
+        _, graph, logits = self._captured[kind]
         graph.replay()
         return logits
 
-    def _capture(self, rows: int, state: tuple) -> None:
-        self._captured = {size: kept for size, kept in self._captured.items() if kept[0] == state}
+    def _capture(self, kind: tuple, state: tuple) -> Tensor:
+        """Captures a pass; the logits of the opened step, which a first one has computed."""
+        self._captured = {each: kept for each, kept in self._captured.items() if kept[0] == state}
         if not self._captured:
             self._memory = None
-        stream = torch.cuda.Stream(self.device)
+        rows, stream, current = kind[0], torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
         with widened(self.cache.groups, rows), self.fused.applied():
-            stream.wait_stream(torch.cuda.current_stream(self.device))
+            stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                self.computed(rows)  # compiles and allocates what does so at the first time
-            torch.cuda.current_stream(self.device).wait_stream(stream)
+                # Compiles and allocates what does so at the first time. Masses are added to columns, so once is enough.
+                first = self.computed(rows)
+            current.wait_stream(stream)
+            first.record_stream(current)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._memory):
                 logits = self.computed(rows)
         self._memory = graph.pool()
-        self._captured[rows] = state, graph, logits
+        self._captured[kind] = state, graph, logits
+        return first
 
     @torch.no_grad()
     def computed(self, rows: int) -> Tensor:
@@ -130,17 +138,22 @@ class Graphs:
                     yield store.columns
 
     def state(self) -> tuple:
-        """Where everything lies that a captured pass reads, with its tables up to date, and how many entries it has
-        processors for, roughly."""
-        entries = sum(int(group.store.lengths.sum()) for group in self.cache.groups)
-        self._entries = max(self._entries, 1 << entries.bit_length())
+        """Where everything lies that a captured pass reads, with its tables up to date, and how many entries of each
+        store it has processors for, roughly."""
+        # Every head has a processor, whatever it holds.
+        entries = [
+            1 << max(int(store.lengths.sum()), group.layers * group.rows * _LEAST).bit_length()
+            for group in self.cache.groups
+            for store in group.store.stores
+        ]
+        self._entries = tuple(map(max, entries, self._entries or entries))
         mirrors = [segment.mirror() for segment in self._segments()]
         pools = {segment.pool for segment in self._segments()}
         tensors = [tensor for pool in pools for tensor in pool.tensors.values()]
         tensors += [tensor for segment in self._segments() for tensor in segment.bound]
         places = [*(m.table for m in mirrors), *(m.spans for m in mirrors), *tensors]
         tables = [address for group in self.cache.groups if group.rotary for address in group.rotary.addresses]
-        return self._entries, *(x.data_ptr() for x in places), *tables
+        return *self._entries, *(x.data_ptr() for x in places), *tables
 
 
 @contextmanager

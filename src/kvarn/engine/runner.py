@@ -40,7 +40,7 @@ class Runner:
     @torch.no_grad()
     def decode(self, cache: Cache, tokens: Sequence[int]) -> Tensor:
         """One token for each sequence of an opened ``cache``: logits [B, V]."""
-        if self.graphs is not None and not any(group.shows for group in cache.groups):
+        if self.graphs is not None:
             return self.graphs.decode(tokens)
         positions = cache.seen[:, None].to(self.device)
         ids = torch.tensor(tokens, device=self.device)[:, None]

@@ -189,7 +189,8 @@ class BundledGroup(LayerGroup):
         keys, values = self.store.high.read(chosen)
         beyond = torch.arange(keys.shape[1]) >= self.store.high.lengths[chosen][:, None]
         strain = self._strain(chosen, keys, values).masked_fill(beyond.to(keys.device), torch.inf)
-        self.store.demote(chosen, leading(strain.argsort(dim=1, stable=True), excess[some]))
+        order = strain.argsort(dim=1, stable=True)
+        self.store.demote(chosen, leading(order, excess[some], order.shape[1]), excess[some])
 
     def _part(self, heads: slice, mask: Tensor | None) -> Part:
         """What is stored, as the layer that is being attended to reads it."""

@@ -4,14 +4,14 @@ Shapes: B sequences, H query heads, K KV heads, q new tokens, n entries, D head 
 (layer, slot, KV head). The sequences fill the first slots, so that a layer is a slice; free slots let others join.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ..attention import Paid, Part, Variant, attend, attend_observed
-from ..attention.kernels import Projected, append, decode, prompt, reads, rotated, serves_prompts
+from ..attention.kernels import Projected, append, decode, prompt, prompt_decoded, reads, rotated, serves_prompts
 from ..attention.rotary import Rotary
 from ..attention.updates import Update, Updates
 from ..memory import Arena, Layout, Segment, Store, StoreLayout, TieredLayout, TieredStore, sent
@@ -134,19 +134,15 @@ class LayerGroup:
 
     @property
     def updates(self) -> tuple[Update, ...]:
-        """What kernels do to columns in a decoding step in place of ``observers``; none where they do not know all."""
-        known = tuple(update for observer in self.observers if (update := observer.update))
-        return known if len(known) == len(self.observers) and type(self.store) is Store else ()
+        """What kernels do to columns in the decoding step under way in place of ``observing``; none where they do not
+        know all."""
+        known = tuple(update for observer in self.observing if (update := observer.update))
+        return known if len(known) == len(self.observing) else ()
 
     @property
     def shows(self) -> bool:
         """Whether the query of the decoding step under way is shown to observers, and no kernel stands for them."""
         return bool(self.observing) and not self.updates
-
-    @property
-    def shows_seldom(self) -> bool:
-        """Whether most decoding steps are shown to none of them."""
-        return len(self.updates) == len(self.observers)
 
     @property
     def _counted(self) -> bool:
@@ -272,6 +268,8 @@ class LayerGroup:
         stored = self._candidates(heads) if past and out is not None and self._weighs(number, fresh.step) else None
         if out is None:
             stored = self._part(heads, None) if past else None
+            out = self._over_decoded(heads, stored, fresh) if stored else None
+        if out is None:
             out = attend(fresh.query, self._exact_parts(heads, stored, fresh), fresh.variant)
         self.prompted = fresh.step.after
         decoded = [stored.keys, stored.values] if stored else []
@@ -328,7 +326,7 @@ class LayerGroup:
     def pages_to_open(self) -> list[tuple[Segment, int]]:
         """The most pages that ``begin_token`` takes, of each segment."""
         needed = self.store.pages_to_open(self.everyone)
-        return [*needed, *self.store.pages_to_own_columns(self.everyone)] if self.updates else needed
+        return [*needed, *self.store.pages_to_own_columns(self.everyone)] if self.observers else needed
 
     def begin_token(self, step: Step) -> None:
         """Before the first layer: makes room for one token in every head."""
@@ -341,7 +339,7 @@ class LayerGroup:
             columns["position"] = positions.int()
             columns |= self._unread(positions)
             columns |= {name: column[:, 0] for name, column in self._noted(heads, step).items()}
-        if self.updates:
+        if self.observers:
             self.store.own_columns(heads)
         self.store.open_token(columns, heads)
         self._note_token(step)
@@ -415,6 +413,7 @@ class LayerGroup:
         """After the last layer: encodes what is ripe, evicts what is over the capacity."""
         self.arena.note_peak()
         self.store.settle(self.everyone)
+        self._finish()
         if self.eviction is not None and self.eviction.decode:
             self._evict(self.eviction, step)
         elif self.layer.window is not None:
@@ -423,9 +422,36 @@ class LayerGroup:
             if bool(excess.any()):
                 self.store.pop_front(heads, excess)
 
+    @property
+    def _full(self) -> Tensor:
+        """Heads that hold more than they may, bool [heads]."""
+        return self.store.lengths > self._capacity.flatten()
+
+    @property
+    def _deciding(self) -> Tensor:
+        """Heads whose entries are chosen among at the end of the decoding step under way, bool [heads]."""
+        return self._full if self.eviction and self.eviction.decode else torch.zeros_like(self._full)
+
+    def _finish(self) -> None:
+        """Brings columns up to date that decide now what becomes of the entries beside them."""
+        unfinished = [observer for observer in self.observers if observer.finishes]
+        heads = torch.nonzero(self._deciding).flatten() if unfinished else torch.zeros(0, dtype=torch.int64)
+        for some in self._in_turns(heads):
+            before = self._read_columns(some)
+            self.store.set_columns(some, {n: c for each in unfinished for n, c in each.finished(before).items()})
+
+    def _in_turns(self, heads: Tensor) -> Sequence[Tensor]:
+        """Heads (int64 [R]) of which columns are read at once."""
+        return heads.split(max(_ENTRIES // int(self.store.lengths[heads].max()), 1)) if heads.numel() else ()
+
+    def _read_columns(self, heads: Tensor) -> dict[str, Tensor]:
+        """The columns of heads (int64 [R]), [R, n, …] each; positions are -1 beyond a head's length."""
+        columns = self.store.read_columns(heads)
+        return columns | {"position": columns["position"].masked_fill(~self._within(heads), -1)}
+
     def _evict(self, eviction: Eviction, step: Step) -> None:
         capacity = self._capacity.flatten()
-        heads = torch.nonzero(self.store.lengths > capacity).flatten()
+        heads = torch.nonzero(self._full).flatten()
         if not heads.numel():
             return
         if self.selector:
@@ -433,7 +459,7 @@ class LayerGroup:
         if isinstance(eviction, Merging):
             self._merge(eviction, heads, step.after, eviction.leaving(capacity[heads]))
             return
-        for some in heads.split(max(_ENTRIES // int(self.store.lengths[heads].max()), 1)):
+        for some in self._in_turns(heads):
             self._drop_worst(eviction, some, step.after)
 
     def _drop_worst(self, eviction: Eviction, heads: Tensor, after: Tensor) -> None:
@@ -443,10 +469,7 @@ class LayerGroup:
         leaving = eviction.leaving(capacity[heads])
         state = torch.stack([self.store.lengths, self._per_head(after), capacity])[:, heads]
         lengths, seen, allowed = sent(state, device)
-        columns = self.store.read_columns(heads)
-        beyond = torch.arange(columns["position"].shape[1], device=device) >= lengths[:, None]
-        columns["position"] = columns["position"].masked_fill(beyond, -1)
-        victims = eviction.victims(columns, lengths, seen, allowed, int(leaving.max()))
+        victims = eviction.victims(self._read_columns(heads), lengths, seen, allowed, int(leaving.max()))
         self.store.drop(heads, victims, leaving)
 
     def _merge(self, merging: Merging, heads: Tensor, after: Tensor, leaving: Tensor) -> None:
@@ -769,12 +792,20 @@ class LayerGroup:
         new = fresh.query, fresh.keys, fresh.values
         return prompt(*new, self.store, heads, fresh.variant, self.layer.window, self._counted)
 
+    def _over_decoded(self, heads: slice, stored: Part, fresh: Fresh) -> Tensor | None:
+        """The same over what was decoded, where no kernel reads it as it lies."""
+        if fresh.step.padded or self.layer.window is not None:
+            return None
+        lengths = self.store.lengths[heads].view(self.batch, -1)
+        lengths = lengths.repeat_interleave(stored.keys.shape[1] // lengths.shape[1], 1)
+        return prompt_decoded(fresh.query, fresh.keys, fresh.values, stored, lengths, fresh.variant)
+
     @property
     def captures(self) -> bool:
-        """Whether a decoding step that is not shown to observers is the same kernels over the same buffers, whatever
-        heads hold, and most steps are such."""
+        """Whether decoding steps that have the same ``updates`` are the same kernels over the same buffers, whatever
+        heads hold."""
         known = self.reads_pages and type(self).token is LayerGroup.token
-        plain = self.shows_seldom and self.selector is None
+        plain = all(observer.update for observer in self.observers) and self.selector is None
         queries = self.layer.query_heads // (self.layer.kv_heads * self._together)
         return known and plain and reads(self.store, queries, self._together, self.rotary)
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..attention.rotary import Rotary
-from ..memory import Arena, TieredLayout, TieredStore
+from ..memory import Arena, TieredLayout, TieredStore, sent
 from ..memory.segment import joined, pick
 from ..memory.tiered import leading
 from ..plan import Plan
@@ -34,7 +34,7 @@ class TieredGroup(LayerGroup):
         self.tiers, self.precision = layout, precision
         # Where the plan says it: high entries that the heads of each slot are cut to, and the most that they have.
         self._high = torch.zeros((2, *self._capacity.shape), dtype=torch.int64)
-        self._due = False  # whether fresh entries become high and low ones after the step under way
+        self._due = False  # whether entries leave or change their precision after the step under way
 
     @property
     def observers(self) -> list[ObservingScore]:
@@ -43,14 +43,10 @@ class TieredGroup(LayerGroup):
 
     @property
     def observing(self) -> list[ObservingScore]:
-        # What counts is what the last query before a change reads; until then attention need not be seen.
-        if self.precision.gap is None or self._due:
+        # What counts may be what the last query before a decision reads; until then attention need not be seen.
+        if self._due or not self.precision.score.forgets:
             return self.observers
         return [observer for observer in self.observers if observer != self.precision.score]
-
-    @property
-    def shows_seldom(self) -> bool:
-        return not super().observers and self.precision.gap is not None
 
     def empty(self, batch: int) -> "TieredGroup":
         return TieredGroup(
@@ -91,17 +87,26 @@ class TieredGroup(LayerGroup):
 
     def begin_token(self, step: Step) -> None:
         super().begin_token(step)
-        self._due = bool(self._ripe().any())
+        self._due = bool(self._deciding.any())
 
     def end_token(self, step: Step) -> None:
-        full = self.store.lengths > self._capacity.flatten()
+        changing = self._changing
         super().end_token(step)
-        if self.precision.share is None:
-            self._demote(full | self._over(slice(None), self.store.upper_lengths), step.after)
-        else:
-            self._demote(self._ripe(), step.after)
+        # Fresh entries that have just left have not ripened.
+        self._demote(changing & self._ripe(), step.after)
 
     # -- inside -------------------------------------------------------------------------------------------------
+
+    @property
+    def _changing(self) -> Tensor:
+        """Heads of which high entries may become low ones after the decoding step under way, bool [heads]."""
+        if self.precision.share is None:
+            return self._full | self._over(slice(None), self.store.upper_lengths)
+        return self._ripe()
+
+    @property
+    def _deciding(self) -> Tensor:
+        return super()._deciding | self._changing
 
     def _ripe(self) -> Tensor:
         """Heads whose new entries need not wait any longer, bool [heads]."""
@@ -137,17 +142,20 @@ class TieredGroup(LayerGroup):
         allowed = self._allowed(slice(None), store.lengths)
         waits = store.fresh.lengths > 0 if store.fresh else torch.zeros_like(due)
         heads = torch.nonzero(due & ((upper > allowed) | waits)).flatten()
-        if heads.numel():
-            if self.selector:
-                self.selector.moved()
-            state = upper[heads], allowed[heads], self._per_head(after)[heads]
-            store.demote(heads, self._lowered(heads, store.read_upper_columns(heads), *state))
+        if heads.numel() and self.selector:
+            self.selector.moved()
+        for some in self._in_turns(heads):
+            state = upper[some], allowed[some], self._per_head(after)[some]
+            lowered = self._lowered(some, store.read_upper_columns(some), *state)
+            store.demote(some, lowered, (upper - allowed)[some].clamp(min=0))
 
     def _lowered(
         self, heads: slice | Tensor, columns: dict[str, Tensor], lengths: Tensor, allowed: Tensor, seen: Tensor
     ) -> Tensor:
         """Which of ``lengths`` entries that are not low become low ones, bool [R, n]: all beyond ``allowed``."""
-        device = self.arena.device
         settled = self.store.high.lengths[heads] if self.store.fresh else torch.zeros_like(lengths)
-        state = (t.to(device) for t in (lengths, seen, allowed, settled))
-        return leading(self.precision.first_to_go(columns, *state), lengths - allowed)
+        leaving, longest = lengths - allowed, columns["position"].shape[1]
+        lengths, seen, allowed, settled = sent(torch.stack([lengths, seen, allowed, settled]), self.arena.device)
+        most = max(int(leaving.max()), 0)
+        order = self.precision.first_to_go(columns, lengths, seen, allowed, settled, most)
+        return leading(order, leaving, longest)

@@ -1,5 +1,8 @@
-"""Where Triton kernels move and encode what lies in pages. Elsewhere torch's operations do, and are the oracle."""
+"""Where Triton kernels run: those that move and encode what lies in pages, and those that attend to it. Elsewhere
+torch's operations do, and are the oracle."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 
@@ -10,12 +13,23 @@ _LEAST_CAPABILITY = (8, 0)
 
 
 def serves(device: torch.device) -> bool:
-    """Whether the kernels of the memory serve ``device``."""
-    return device.type in DEVICES and can_run(device)
+    """Whether kernels serve ``device``."""
+    return device.type in DEVICES and _can_run(device)
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """No kernel reads, moves or encodes what is stored: what is computed is the reference's, to compare with."""
+    global DEVICES
+    before, DEVICES = DEVICES, set()
+    try:
+        yield
+    finally:
+        DEVICES = before
 
 
 @cache
-def can_run(device: torch.device) -> bool:
+def _can_run(device: torch.device) -> bool:
     """Whether Triton kernels run on ``device``."""
     if not find_spec("triton"):
         return False

@@ -556,7 +556,7 @@ class Store:
             return
         self._require_changes(heads)
         whole = self._in_whole_units(heads, mask)
-        index = _places(mask, whole, int(counts.max()))
+        index = places(mask, whole, int(counts.max()))
         self.keys.take(heads, index, counts, whole is None)
         self.values.take(heads, index, counts, whole is None)
         if self.columns:
@@ -566,14 +566,15 @@ class Store:
     def drop(self, heads: slice | Tensor, victims: Tensor, counts: Tensor | None = None) -> None:
         """Removes entries ``victims`` (int64 [R, e], distinct in a row) from each head; the order may change.
 
-        ``counts`` (int64 [R], host): only the first so many of each row.
+        ``counts`` (int64 [R], host): only the first so many of each row; the others may be anything.
         """
         lengths = self.lengths[heads]
         counts = torch.full_like(lengths, victims.shape[1]) if counts is None else counts
         if self.keys.settled or self.values.settled:
-            mask = within(lengths, int(lengths.max()), victims.device)
-            stays = ~within(counts, victims.shape[1], victims.device)
-            self.keep(heads, mask.scatter(1, victims, stays), lengths - counts)
+            longest = int(lengths.max())
+            gone = torch.where(within(counts, victims.shape[1], victims.device), victims, longest)
+            mask = within(lengths, longest + 1, victims.device).scatter(1, gone, False)
+            self.keep(heads, mask[:, :-1], lengths - counts)
             return
         self._require_changes(heads)
         source, target = refills(lengths, victims, counts)
@@ -668,7 +669,7 @@ class Store:
         return full
 
 
-def _places(mask: Tensor, first: Tensor | None, longest: int) -> Tensor:
+def places(mask: Tensor, first: Tensor | None, longest: int) -> Tensor:
     """The first ``longest`` places where ``mask`` (bool [R, n]) is true, ascending, those in ``first`` (a part of it)
     before the others: int64 [R, ``longest``], any places where there are fewer."""
     place = mask.cumsum(1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .pool import Arena
 from .segment import EVERY, Segment, joined, pick, within
-from .store import Layout, Store, StoreLayout, by_pool
+from .store import Layout, Store, StoreLayout, by_pool, places
 from .transfer import sent
 
 
@@ -198,13 +198,23 @@ class TieredStore(Store):
         for place, store in enumerate(self.stores):
             store.set_columns(heads, {name: parts[place] for name, parts in split.items()})
 
+    def own_columns(self, heads: slice | Tensor) -> None:
+        for store in self.stores:
+            store.own_columns(heads)
+
+    def pages_to_own_columns(self, heads: slice | Tensor) -> list[tuple[Segment, int]]:
+        return [needed for store in self.stores for needed in store.pages_to_own_columns(heads)]
+
     # -- shrinking and changing ---------------------------------------------------------------------------------
 
-    def demote(self, heads: slice | Tensor, chosen: Tensor) -> None:
+    def demote(self, heads: slice | Tensor, chosen: Tensor, counts: Tensor | None = None) -> None:
         """Of the entries that are not low, as they are read, moves those in ``chosen`` (bool [R, n]) to ``low``, and
-        fresh ones that are not to ``high``."""
+        fresh ones that are not to ``high``. The order of what stays may change.
+
+        ``counts``: how many of each head are chosen (int64 [R] on the host), where the caller knows."""
+        counts = counts if self.fresh is None else None  # how many of each store is not known then
         for store, mask in zip(self.upper, _split(self.upper, heads, chosen), strict=True):
-            _move(heads, store, self.low, mask & _held(store, heads, mask))
+            _move(heads, store, self.low, mask & _held(store, heads, mask), counts)
         if self.fresh:
             _move(heads, self.fresh, self.high, _held(self.fresh, heads, chosen))
 
@@ -239,28 +249,30 @@ class TieredStore(Store):
         return read(self.high, index) if found is None else found
 
 
-def leading(order: Tensor, counts: Tensor) -> Tensor:
-    """The first ``counts`` ([R] on the host) of each row of ``order`` (int64 [R, n], all places once), bool [R, n]."""
+def leading(order: Tensor, counts: Tensor, longest: int) -> Tensor:
+    """The first ``counts`` ([R] on the host) of each row of ``order`` (int64 [R, n], distinct in a row) as a mask, bool
+    [R, ``longest``]."""
     chosen = within(counts, order.shape[1], order.device)
-    return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, chosen)
+    return chosen.new_zeros((order.shape[0], longest)).scatter_(1, order, chosen)
 
 
-def _move(heads: slice | Tensor, source: Store, target: Store, mask: Tensor) -> None:
-    """Moves the entries in ``mask`` (bool [R, longest]) from one store to the other."""
-    index, counts = _packed(mask)
+def _move(heads: slice | Tensor, source: Store, target: Store, mask: Tensor, counts: Tensor | None = None) -> None:
+    """Moves the entries in ``mask`` (bool [R, longest]), ``counts`` of each head, from one store to the other."""
+    index, counts = _packed(mask, counts)
     if not index.shape[1]:
         return
     target.arena.require(by_pool(target.pages_to_append(heads, counts) + source.pages_to_change(heads)))
-    keys, values = (pick(side, index) for side in source.read(heads))
-    columns = {name: pick(column, index) for name, column in source.read_columns(heads).items()}
-    target.append(heads, keys, values, columns, counts)
-    source.keep(heads, ~mask & _held(source, heads, mask), source.lengths[heads] - counts)
+    names = source.columns.pool.tensors if source.columns else ()
+    columns = {name: source.read_column(heads, name, index) for name in names}
+    target.append(heads, *source.read(heads, index), columns, counts)
+    source.drop(heads, index, counts)
 
 
-def _packed(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The places in ``mask`` (bool [R, n]) in order, int64 [R, the most], and how many, int64 [R] on the host."""
-    counts = mask.sum(1).cpu()
-    return (~mask).byte().argsort(dim=1, stable=True)[:, : int(counts.max())], counts
+def _packed(mask: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The places in ``mask`` (bool [R, n]) in order, int64 [R, the most], and how many, int64 [R] on the host, unless
+    they are known."""
+    counts = mask.sum(1).cpu() if counts is None else counts
+    return places(mask, None, int(counts.max())), counts
 
 
 def _joined(stores: list[Store], heads: slice | Tensor, parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:

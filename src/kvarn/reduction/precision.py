@@ -40,9 +40,10 @@ class Precision:
         return {"position": torch.int32, **self.score.columns}
 
     def first_to_go(
-        self, columns: Mapping[str, Tensor], lengths: Tensor, seen: Tensor, allowed: Tensor, settled: Tensor
+        self, columns: Mapping[str, Tensor], lengths: Tensor, seen: Tensor, allowed: Tensor, settled: Tensor, most: int
     ) -> Tensor:
-        """Places of a head's entries that are not low, int64 [R, n], in the order in which they become low ones.
+        """Places of the ``most`` of a head's entries that become low ones first, int64 [R, most], in that order, among
+        those that are not low.
 
         ``columns`` are [R, n, …]; ``lengths``, ``seen`` (tokens of the sequence), ``allowed`` (how many may stay high)
         and ``settled`` (how many of the first come after the others, as they are high ones for good) are [R].
@@ -53,5 +54,8 @@ class Precision:
         turn = (place < settled[:, None]).byte()
         turn = turn.masked_fill(positions >= (seen - recent)[:, None], 2)
         turn = turn.masked_fill(place >= lengths[:, None], 3)
-        order = self.score.stored(columns, seen[:, None]).argsort(dim=-1, stable=True)
-        return order.gather(1, turn.gather(1, order).argsort(dim=-1, stable=True))
+        score = self.score.stored(columns, seen[:, None])
+        if most == 1:  # the first of equal ones, as by sorting
+            return score.masked_fill(turn > turn.amin(1, keepdim=True), torch.inf).argmin(1, keepdim=True)
+        order = score.argsort(dim=-1, stable=True)
+        return order.gather(1, turn.gather(1, order).argsort(dim=-1, stable=True))[:, :most]

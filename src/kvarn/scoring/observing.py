@@ -39,6 +39,21 @@ class ObservingScore(Score):
         """``observe`` for the query of a decoding step, as kernels know it; None: they do not."""
         return None
 
+    @property
+    def forgets(self) -> bool:
+        """Whether of a decoding step's queries only the newest counts, so that those before it need not be observed."""
+        return False
+
+    @property
+    def finishes(self) -> bool:
+        """Whether columns have to be ``finished`` before entries are chosen by them."""
+        return False
+
+    def finished(self, columns: Columns) -> dict[str, Tensor]:
+        """The columns ([R, n, …], with "position", -1 where nothing is) of heads whose entries are to be chosen, after
+        the last query that was observed."""
+        return {}
+
     def fresh(self, positions: Tensor, first: Tensor) -> dict[str, Tensor]:
         """The columns of entries at ``positions`` (int64, any shape), of which the queries from ``first`` on (int64, to
         be broadcast) are observed; zeros here."""

@@ -36,6 +36,10 @@ class ProbedMass(ObservingScore):
     def update(self) -> Update:
         return Mass("saliency")
 
+    @property
+    def forgets(self) -> bool:
+        return True
+
     def observe(self, observation: Observation, columns: Columns) -> dict[str, Tensor]:
         return {"saliency": observation.paid.mass.mean(2)}
 

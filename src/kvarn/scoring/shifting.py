@@ -1,7 +1,7 @@
 """What the newest queries attend to, and how much that changes from one to the next."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.functional import avg_pool1d
 from ..attention.updates import Mass, Update
 from ..formats import ColumnType
 from .observing import Columns, ObservingScore
-from .view import Observation
+from .view import Observation, PromptView
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ShiftingMass(ObservingScore):
     neighbours, averaged over the group; in decoding the attention of the last query alone.
 
     CAKE (arXiv 2503.12491, section 4.2). What the window itself receives does not count. Neighbours are those in the
-    order of reading, or with ``by_age`` in that of their positions.
+    order of reading, or with ``by_age`` in that of their positions; then decoding steps pool when entries are chosen.
     """
 
     window: int
@@ -35,25 +35,40 @@ class ShiftingMass(ObservingScore):
         return self.window
 
     @property
-    def update(self) -> Update | None:
-        # The variance over one query is nothing. Kernels do not sort.
-        return None if self.by_age else Mass("worth", window=self.window, kernel=self.kernel)
+    def update(self) -> Update:
+        # The variance over one query is nothing.
+        return Mass("worth", window=self.window, kernel=1 if self.by_age else self.kernel)
+
+    @property
+    def forgets(self) -> bool:
+        return True
+
+    @property
+    def finishes(self) -> bool:
+        return self.by_age
 
     def observe(self, observation: Observation, columns: Columns) -> dict[str, Tensor]:
         mean, variance = over_queries(observation.paid.probabilities, observation.queries)
         worth = mean + self.shift * variance
         newest = observation.queries.amax(1)[:, None, None]
         worth = worth.masked_fill((columns["position"] > newest - self.window)[:, :, None], 0)
-        if not self.by_age:
-            return {"worth": self._pooled(worth).mean(2)}
+        worth = worth.mean(2)
+        return {"worth": worth if self.by_age else self._pooled(worth)}
+
+    def finished(self, columns: Columns) -> dict[str, Tensor]:
+        # Sorting is not worth the while for each query, of which most decide nothing.
+        worth = columns["worth"].masked_fill(columns["position"] < 0, 0)
         order = columns["position"].argsort(dim=-1, stable=True)
-        each = order[:, :, None].expand_as(worth)
-        return {
-            "worth": torch.empty_like(worth[:, :, 0]).scatter_(-1, order, self._pooled(worth.gather(-1, each)).mean(2))
-        }
+        return {"worth": torch.empty_like(worth).scatter_(-1, order, self._pooled(worth.gather(-1, order)))}
+
+    def after_prompt(self, view: PromptView, layer: int) -> PromptView:
+        view = super().after_prompt(view, layer)
+        if not self.by_age:
+            return view
+        return replace(view, columns={**view.columns, **self.finished({**view.columns, "position": view.positions})})
 
     def _pooled(self, worth: Tensor) -> Tensor:
-        pooled = avg_pool1d(worth.flatten(0, 2)[:, None], self.kernel, stride=1, padding=self.kernel // 2)
+        pooled = avg_pool1d(worth.flatten(0, -2)[:, None], self.kernel, stride=1, padding=self.kernel // 2)
         return pooled.view_as(worth)
 
     def stored(self, columns: Columns, seen: Tensor) -> Tensor:

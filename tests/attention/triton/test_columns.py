@@ -7,7 +7,8 @@ from kvarn import Cache
 from kvarn.attention import Part, Variant, attend_observed, kernels
 from kvarn.attention.updates import Updates
 from kvarn.formats import Columns, Dense
-from kvarn.memory import Arena, SideLayout, Store, StoreLayout
+from kvarn.memory import Arena, SideLayout, Store, StoreLayout, TieredLayout, TieredStore
+from kvarn.memory.segment import pick
 from kvarn.scoring import AccumulatedMass, Observation, Persistence, ProbedMass, Recurrence
 from kvarn.scoring.shifting import ShiftingMass
 from tiny_models import make_tiny
@@ -23,13 +24,16 @@ SCORES = [
 NAMES = [type(score).__name__ for score in SCORES]
 
 
-def stored(score, counts, now, device, dtype=torch.float32):
+def stored(score, counts, now, device, dtype=torch.float32, tiers=1):
     """A store of two layers, ``counts`` entries a head, with columns as they may be before the query at ``now`` of each
-    sequence, and the heads of the second layer."""
+    sequence, and the heads of the second layer. With ``tiers`` the entries of a head are in so many stores."""
     dense = Dense(SIZE, dtype)
     side = SideLayout(dense, dense)
     columns = Columns({"position": torch.int32, **score.columns})
-    store = Store(StoreLayout(side, side, columns, 4), Arena(device, 4), 2 * len(counts))
+    layout, arena, heads = StoreLayout(side, side, columns, 4), Arena(device, 4), 2 * len(counts)
+    store = Store(layout, arena, heads)
+    if tiers > 1:
+        store = TieredStore(TieredLayout(layout, layout, 0.5, fresh=layout if tiers == 3 else None), arena, heads)
     generator = torch.Generator().manual_seed(3)
     both = torch.tensor(counts).repeat(2)
     shape = (both.numel(), int(both.max()))
@@ -43,13 +47,18 @@ def stored(score, counts, now, device, dtype=torch.float32):
             extra[name] = random if kind == torch.float32 else (random * 200).to(kind)
     if isinstance(score, Recurrence):
         extra["last"] = (last - 1 - extra["last"] % 40).int()
-    store.append(slice(0, shape[0]), keys, values, {n: c.to(device) for n, c in extra.items()}, both)
+    # Some heads have nothing in the first store.
+    cuts = [torch.zeros_like(both), *(both * part // (tiers + 1) for part in range(1, tiers)), both]
+    for each, begin, end in zip(store.stores, cuts[:-1], cuts[1:], strict=True):
+        index = (begin[:, None] + torch.arange(int((end - begin).max()))).clamp(max=shape[1] - 1)
+        rows = {n: pick(c, index).to(device) for n, c in extra.items()}
+        each.append(slice(0, shape[0]), *(pick(x, index.to(device)) for x in (keys, values)), rows, end - begin)
     return store, slice(len(counts), 2 * len(counts))
 
 
-def check(score, counts, group, device, now=(90, 131), dtype=torch.float32, **variant):
+def check(score, counts, group, device, now=(90, 131), dtype=torch.float32, tiers=1, **variant):
     now = torch.tensor(now)
-    store, heads = stored(score, counts, now, device, dtype)
+    store, heads = stored(score, counts, now, device, dtype, tiers)
     shape, positions = (now.numel(), -1), now[:, None].to(device)
     generator = torch.Generator().manual_seed(2)
     query = torch.randn(now.numel(), len(counts) // now.numel() * group, 1, SIZE, generator=generator)
@@ -87,6 +96,16 @@ def small_blocks(monkeypatch):
 def test_ragged_heads(score, device):
     # All that a single entry is paid is exactly the equal share of it: rounding would decide whether it is ignored.
     check(score, (40, 5, 2 if isinstance(score, Persistence) else 1, 23), 4, device)
+
+
+@pytest.mark.parametrize("tiers", [2, 3])
+@pytest.mark.parametrize("score", SCORES, ids=NAMES)
+def test_several_stores(score, tiers, device):
+    check(score, (40, 5, 2, 23), 2, device, tiers=tiers)
+
+
+def test_a_store_without_entries(device):
+    check(ShiftingMass(window=6, shift=2.0), (1, 2), 2, device, now=(40,), tiers=2)
 
 
 @pytest.mark.parametrize("group", [1, 3, 8])

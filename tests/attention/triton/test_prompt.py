@@ -7,10 +7,11 @@ from torch import Tensor
 import kvarn
 from attention.triton.test_decode import KINDS, TOLERANCE, stored
 from kvarn.attention import Part, Variant, attend_with_mass
-from kvarn.attention.kernels import prompt
-from kvarn.attention.triton.prompt import Blocks, attend_prompt
+from kvarn.attention.kernels import prompt, prompt_decoded
+from kvarn.attention.triton.prompt import Blocks, attend_decoded, attend_prompt
 from kvarn.formats import Columns
 from kvarn.memory import Store
+from learnt import kvquant, rotatekv
 from methods.one_layer import OneLayer, random_tokens, split
 from store_model import CPU
 from tiny_models import make_tiny
@@ -136,7 +137,7 @@ def test_chunks_of_a_prompt_are_those_of_the_reference(recipe, device, monkeypat
 
     monkeypatch.setattr("kvarn.layers.group.prompt", spied)
     for name, devices in (("reference", set()), ("kernel", {device.type})):
-        monkeypatch.setattr("kvarn.attention.kernels.DEVICES", devices)
+        monkeypatch.setattr("kvarn.memory.kernels.DEVICES", devices)
         layer = layers[name] = OneLayer(recipe, 10**9 if recipe in ("full", RECIPES[1]) else 24, device.type)
         parts = [split(tokens, first, last) for first, last in ((0, 30), (30, 47), (47, 60))]
         outs[name] = torch.cat([layer.prompt(*(t.to(device) for t in part)) for part in parts], 2)
@@ -161,22 +162,85 @@ def test_what_is_stored_is_decoded_only_for_scores(recipe, decoded, device, monk
     assert layer.group.arena.peak_bytes > before
 
 
-@pytest.mark.parametrize("recipe", ["think(ratio=0.5)", "mikv", "tokenselect"])
-def test_what_no_kernel_reads_goes_the_reference_path(recipe, device):
-    layer = OneLayer(recipe, 10**9, device.type)
-    for first, last in ((0, 30), (30, 40)):
-        out = layer.prompt(*(t.to(device) for t in split(random_tokens(40), first, last)))
-    assert not layer.group.reads_prompts
-    assert bool(out.isfinite().all())
+def check_decoded(
+    store: Store,
+    heads: slice,
+    dtype: torch.dtype = torch.float32,
+    group: int = 2,
+    joint: bool = False,
+    **variant: object,
+) -> None:
+    """As ``check``, of entries that were decoded; ``joint``: heads lie beside each other in memory."""
+    new = tokens_of(store, heads, 23, group, dtype)
+    shaped, shape = Variant(new[0].shape[3] ** -0.5, **variant), new[1].shape[:2]
+    keys, values = (x.unflatten(0, shape) for x in store.read(heads))
+    if joint:
+        keys, values = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (keys, values))
+    out = attend_decoded(*new, Part(keys, values), store.lengths[heads].view(shape), shaped, SMALL)
+    assert out.dtype == dtype
+    own = expected(new, store, heads, shaped)
+    torch.testing.assert_close(out.float(), own, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
-def test_chunks_of_whole_models(name, device, monkeypatch):
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("sizes", [(32, 32), (80, 16)])
+def test_decoded_entries(sizes, joint, device):
+    store, heads = stored("int4/token/16", "dense", device, sizes=sizes, counts=RAGGED)
+    check_decoded(store, heads, joint=joint)
+
+
+def test_decoded_entries_in_every_variant(device):
+    store, heads = stored("int4/token/16", "dense", device, torch.float16, counts=(40, 5, 0, 21))
+    check_decoded(store, heads, torch.float16, softcap=2.0)
+    check_decoded(store, heads, torch.float16, group=1, sinks=torch.tensor([0.5, -3.0], device=device))
+
+
+MAPPED = [
+    ("think(ratio=0.5, window=8, recent=8)", 10**9),
+    ("mikv(low=4)", 10**9),
+    ("h2o + zipcache(gap=5)", 24),
+    (kvquant(), 10**9),
+]
+
+
+@pytest.mark.parametrize(("recipe", "capacity"), MAPPED)
+def test_what_no_kernel_reads_as_it_lies_is_decoded_once(recipe, capacity, device, monkeypatch):
+    served = []
+
+    def spied(*arguments):
+        out = prompt_decoded(*arguments)
+        served.append(out is not None)
+        return out
+
+    monkeypatch.setattr("kvarn.layers.group.prompt_decoded", spied)
+    outs = {}
+    for name, devices in (("reference", set()), ("kernel", {device.type})):
+        monkeypatch.setattr("kvarn.memory.kernels.DEVICES", devices)
+        layer = OneLayer(recipe, capacity, device.type)
+        parts = [split(random_tokens(40), first, last) for first, last in ((0, 30), (30, 40))]
+        outs[name] = torch.cat([layer.prompt(*(t.to(device) for t in part)) for part in parts], 2)
+        assert not layer.group.reads_prompts
+    assert served == [False, True]
+    torch.testing.assert_close(outs["kernel"], outs["reference"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("llama", "full"),
+        ("gemma2", "full"),
+        ("gpt_oss", "full"),
+        ("llama", "xquant(bits=8, group=16)"),
+        ("llama", rotatekv(bits=8)),
+        ("llama", "minicache"),
+    ],
+)
+def test_chunks_of_whole_models(name, recipe, device, monkeypatch):
     model, ids = make_tiny(name).to(device), torch.randint(1, 160, (2, 40), generator=torch.Generator().manual_seed(5))
     logits = {}
     for devices in (set(), {device.type}):
-        monkeypatch.setattr("kvarn.attention.kernels.DEVICES", devices)
-        cache = kvarn.Cache(model, "full")
+        monkeypatch.setattr("kvarn.memory.kernels.DEVICES", devices)
+        cache = kvarn.Cache(model, recipe)
         with torch.no_grad():
             for part in ids.to(device).split(20, 1):
                 logits[bool(devices)] = model(part, past_key_values=cache).logits

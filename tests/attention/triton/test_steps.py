@@ -5,6 +5,7 @@ import torch
 
 from kernel_reference import ON_A_GPU
 from kvarn.attention import kernels
+from kvarn.memory.kernels import reference_only
 from learnt import kvquant
 from methods.one_layer import VARIANT, OneLayer, random_tokens, split
 from per_token import PerToken
@@ -25,6 +26,7 @@ RECIPES = [
     ("snapkv(window=8) + think(ratio=0.4, window=8, recent=4)", 24),
     pytest.param("think(ratio=0.5, window=8) + kivi(bits=4, group=8, residual=8)", 10**9, marks=ON_A_GPU),
     pytest.param("mikv(low=4)", 10**9, marks=ON_A_GPU),
+    ("arkv(window=4, keep=0.9)", 24),
     ("snapkv(window=8) + zipcache(gap=5)", 24),
     ("fp8", 10**9),
     (PerToken(), 10**9),
@@ -50,7 +52,7 @@ def test_steps_by_kernels_are_those_of_the_reference(recipe, capacity, device, m
     monkeypatch.setattr("kvarn.layers.group.decode", spied)
     outs, layers = {}, {}
     for name, devices in (("reference", set()), ("kernels", {device.type})):
-        monkeypatch.setattr(kernels, "DEVICES", devices)
+        monkeypatch.setattr("kvarn.memory.kernels.DEVICES", devices)
         layer = layers[name] = OneLayer(recipe, capacity, device.type)
         layer.prompt(*(t.to(device) for t in split(tokens, 0, 40)))
         steps = [layer.token(*(t.to(device) for t in split(tokens, t, t + 1))) for t in range(40, 49)]
@@ -84,6 +86,6 @@ def test_kernels_can_be_switched_off(device):
     layer = OneLayer("full", 10**9, device.type)
     layer.prompt(*(t.to(device) for t in split(tokens, 0, 40)))
     arguments = tokens[0][:, :, 40:].to(device), layer.group.store, layer.group.heads(0), VARIANT
-    with kernels.reference_only():
+    with reference_only():
         assert kernels.decode(*arguments) is None
     assert kernels.decode(*arguments) is not None

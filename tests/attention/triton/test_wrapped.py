@@ -280,7 +280,7 @@ def test_a_map_of_queries_gives_the_products_of_what_is_decoded(kind):
     torch.testing.assert_close(mapped @ inner.decode(rows).transpose(1, 2) + offset, products, rtol=1e-4, atol=1e-4)
 
 
-def test_prompts_over_what_is_mapped_are_left_to_the_reference(device):
+def test_prompts_do_not_read_what_is_mapped_as_it_lies(device):
     assert not serves_prompts(stored("balanced", "dense", device))
     assert not serves_prompts(stored("dense", "separable", device))
     assert not serves_prompts(tiered(("dense", "dense"), ("int4", "int4"), device, torch.float32, 2))

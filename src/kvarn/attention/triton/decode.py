@@ -366,8 +366,7 @@ def attend_stored(
         _attend(launch, heads, variant, counts, rotary, partials, bounds, before, query.dtype)
     out, sums = _merged(launches, partials, query, variant, size)
     if updates is not None and partials.logits is not None:
-        ((columns,), overlap) = (each.columns for each in store.stores), overlaps(query.device)
-        assert columns is not None
+        columns, overlap = _columns(store), overlaps(query.device)
         for update in updates.each:
             put(update, partials.logits, sums, columns, heads.start, updates.positions, overlap)
     if not observe or partials.logits is None:
@@ -517,12 +516,18 @@ def _skipped(store: Store, heads: slice) -> dict[Store, Tensor]:
 
 
 def _bound(store: Store, heads: slice, updates: Updates | None) -> int:
-    """Entries of which logits are kept. With updates as many as the columns' table has room for: when heads outgrow it,
-    it moves, so that a captured pass is captured anew."""
+    """Entries of which logits are kept. With updates as many as the columns' tables have room for: when heads outgrow
+    one, it moves, so that a captured pass is captured anew."""
     if updates is None:
         return int(store.lengths[heads].max())
-    assert store.columns is not None
-    return store.columns.mirror().table.shape[1] * store.columns.pool.page_size
+    return sum(each.mirror().table.shape[1] * each.pool.page_size for each in _columns(store))
+
+
+def _columns(store: Store) -> list[Segment]:
+    """The columns of all stores, in the order of reading."""
+    columns = [each.columns for each in store.stores if each.columns]
+    assert len(columns) == len(store.stores)
+    return columns
 
 
 @cache

@@ -13,6 +13,8 @@ multiply exactly. What is left to do is one multiplication of the sums, which ar
 import triton
 import triton.language as tl
 
+from ...memory.triton.pages import pages
+
 LIFT = tl.constexpr(6.0)  # weights are 2**LIFT at the most, so that they times scales are not below what fp16 has
 
 
@@ -277,8 +279,7 @@ def _places(segment, head, base, entry, BLOCK: tl.constexpr, PAGE: tl.constexpr)
 @triton.jit
 def _page(segment, head, column):
     """Pages of a head, int64; those that it does not have are somewhere in the pool."""
-    column = tl.minimum(column, segment[4] - 1)
-    return tl.load(segment[2] + head.to(tl.int64) * segment[4] + column).to(tl.int64)
+    return pages(segment[2], segment[4], head, column)
 
 
 @triton.constexpr_function

@@ -9,6 +9,8 @@ run is no longer than a group, so that an entry has one scale in a tile.
 import triton
 import triton.language as tl
 
+from ...memory.triton.pages import slots as paged_slots
+
 DENSE = tl.constexpr(0)
 CHANNEL = tl.constexpr(1)  # integers, a channel of a unit of entries shares a scale
 TOKEN = tl.constexpr(2)  # integers, channels of an entry share a scale
@@ -25,11 +27,7 @@ def first_channel(index: tl.constexpr, PARTS: tl.constexpr, RUN: tl.constexpr, S
 @triton.jit
 def slots(segment, head, entries, PAGE: tl.constexpr):
     """The flat slots of ``entries`` of a head, int64. Entries that a head does not have are somewhere in the pool."""
-    table, spans, width = segment[2], segment[3], segment[4]
-    place = tl.load(spans + 2 * head) + entries
-    column = tl.minimum(tl.maximum(place, 0) // PAGE, width - 1)
-    page = tl.load(table + head.to(tl.int64) * width + column)
-    return page.to(tl.int64) * PAGE + tl.maximum(place, 0) % PAGE
+    return paged_slots(segment[2], segment[4], head, tl.load(segment[3] + 2 * head) + entries, PAGE)
 
 
 @triton.jit

@@ -98,8 +98,8 @@ def _encode_channels(
     if unit < tl.load(plan + 3 * heads + head):
         number, first = tl.load(plan + head), tl.load(plan + heads + head)
         token = tl.arange(0, ROWS)
-        source = slots(x_table, x_width, number, first + unit * GROUP + token, token < GROUP, X_PAGE)
-        target = slots(table, width, number, tl.load(plan + 2 * heads + head) + unit, True, PAGE)
+        source = slots(x_table, x_width, number, first + unit * GROUP + token, X_PAGE)
+        target = slots(table, width, number, tl.load(plan + 2 * heads + head) + unit, PAGE)
         RUN: tl.constexpr = SIZE // PARTS
         byte = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
         inside = byte < RUN
@@ -209,8 +209,8 @@ def _encode_tokens(
     head, token = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     number, first, place = tl.load(plan + head), tl.load(plan + heads + head), tl.load(plan + 2 * heads + head)
     there = token < tl.load(plan + 3 * heads + head)
-    source = slots(x_table, x_width, number, first + token, there, X_PAGE)
-    target = slots(table, width, number, place + token, there, PAGE)
+    source = slots(x_table, x_width, number, first + token, X_PAGE)
+    target = slots(table, width, number, place + token, PAGE)
     encode_vectors(x + source * SIZE, codes, beside, target, there, SIZE, AS)
 
 

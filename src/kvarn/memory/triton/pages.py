@@ -20,10 +20,16 @@ _WIDEST = 128
 
 
 @triton.jit
-def slots(table, width, head, place, there, PAGE: tl.constexpr):
-    """The flat slots of ``place`` of a head, int64; any slot where it is not ``there``."""
-    page = tl.load(table + head.to(tl.int64) * width + place // PAGE, mask=there, other=0)
-    return page.to(tl.int64) * PAGE + place % PAGE
+def pages(table, width, head, column):
+    """The pages at ``column`` of a head's table, int64; any pages where it has none."""
+    return tl.load(table + head.to(tl.int64) * width + tl.minimum(column, width - 1)).to(tl.int64)
+
+
+@triton.jit
+def slots(table, width, head, place, PAGE: tl.constexpr):
+    """The flat slots of ``place`` of a head, int64; any slots where it has none."""
+    place = tl.maximum(place, 0)
+    return pages(table, width, head, place // PAGE) * PAGE + place % PAGE
 
 
 @triton.jit
@@ -53,7 +59,7 @@ def _write(
     head, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     unit = block * BLOCK + tl.arange(0, BLOCK)
     there = unit < tl.load(plan + 2 * heads + head)
-    target = slots(table, width, tl.load(plan + head), tl.load(plan + heads + head) + unit, there, PAGE)
+    target = slots(table, width, tl.load(plan + head), tl.load(plan + heads + head) + unit, PAGE)
     _copy(rows, head * row_stride + unit, x, target, there, WORDS, WIDTH)
 
 
@@ -78,8 +84,8 @@ def _move(
     old = tl.load(source + head * moves + move, mask=move < moves, other=-1)
     new = tl.load(target + head * moves + move, mask=move < moves, other=-1)
     there = old >= 0
-    old = slots(table, width, number, start + old, there, PAGE)
-    new = slots(table, width, number, start + new, there, PAGE)
+    old = slots(table, width, number, start + old, PAGE)
+    new = slots(table, width, number, start + new, PAGE)
     _copy(x, old, x, new, there, WORDS, WIDTH)
 
 
@@ -107,8 +113,8 @@ def _compact(
         place = first + tl.arange(0, BLOCK)
         there = place < count
         token = tl.load(index + head * index_stride + place, mask=there, other=0)
-        old = slots(table, width, number, start + token, there, PAGE)
-        new = slots(table, width, number, place, there, PAGE)
+        old = slots(table, width, number, start + token, PAGE)
+        new = slots(table, width, number, place, PAGE)
         mask = there[:, None] & inside
         tile = tl.load(x + old[:, None] * WORDS + word[None, :], mask=mask)
         tl.debug_barrier()
