@@ -70,7 +70,7 @@ def test_steps_by_kernels_are_those_of_the_reference(recipe, capacity, device, m
                 torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("recipe", ["vidkv(group=16, residual=16)"])
+@pytest.mark.parametrize("recipe", ["shadowkv"])
 def test_what_no_kernel_reads_goes_the_reference_path(recipe, device):
     tokens = random_tokens(41)
     layer = OneLayer(recipe, 10**9, device.type)
