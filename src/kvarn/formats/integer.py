@@ -75,7 +75,8 @@ class Int(Format):
     def _numbers(self, x: Tensor) -> Tensor:
         """As they are stored, the largest there is in place of what is beyond."""
         _, number = self.layout["range"]
-        return x.clamp(-torch.finfo(number).max, torch.finfo(number).max).to(number)
+        most = min(torch.finfo(number).max, torch.finfo(x.dtype).max)  # a model may be in fp64
+        return x.clamp(-most, most).to(number)
 
     @property
     def _group_dim(self) -> int:
