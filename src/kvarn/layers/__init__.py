@@ -2,10 +2,11 @@
 
 from .bundled import BundledGroup
 from .chunks import ChunkGroup
-from .group import Fresh, LayerGroup, Step
+from .group import LayerGroup
 from .inputs import InputGroup
 from .joint import JointGroup, hand_over_inputs
 from .making import new_group
+from .step import Fresh, Step
 from .tiered import TieredGroup
 
 __all__ = [

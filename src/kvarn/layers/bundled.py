@@ -13,7 +13,8 @@ from ..memory.tiered import leading
 from ..reduction import Eviction
 from ..scoring import PromptView
 from ..spec import LayerSpec
-from .group import Fresh, LayerGroup, Step
+from .group import LayerGroup
+from .step import Fresh, Step
 
 
 class BundledGroup(LayerGroup):

@@ -8,8 +8,8 @@ from ..attention.rotary import Rotary
 from ..memory import Arena, Layout
 from ..selection import Chunks, stray
 from ..spec import LayerSpec
-from .group import Fresh, Step
 from .joint import JointGroup
+from .step import Fresh, Step
 
 
 class ChunkGroup(JointGroup):

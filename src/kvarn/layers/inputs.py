@@ -8,7 +8,8 @@ from ..errors import Unsupported
 from ..memory import Arena, Layout
 from ..rematerialization import Known, LayerDifferences, LayerInputs, kept
 from ..spec import LayerSpec
-from .group import Fresh, LayerGroup
+from .group import LayerGroup
+from .step import Fresh
 
 _CHECKED = 4  # tokens
 

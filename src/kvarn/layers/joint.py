@@ -12,7 +12,8 @@ from ..errors import Unsupported
 from ..memory import Arena, Layout
 from ..reduction import Exemption
 from ..spec import LayerSpec, ModelSpec
-from .group import Fresh, LayerGroup
+from .group import LayerGroup
+from .step import Fresh
 
 
 class JointGroup(LayerGroup):

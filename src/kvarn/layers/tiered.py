@@ -11,7 +11,8 @@ from ..plan import Plan
 from ..reduction import Eviction, Precision
 from ..scoring import ObservingScore
 from ..spec import LayerSpec
-from .group import LayerGroup, Step
+from .group import LayerGroup
+from .step import Step
 
 
 class TieredGroup(LayerGroup):
