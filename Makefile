@@ -34,11 +34,11 @@ lint: setup
 
 # Four workers at most: each holds the built-in model (0.5 GB).
 test: lint
-	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --cov=kvarn --cov-report=term
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --cov=kvarn --cov-report=term
 
-# On the current Python, because GPU machines come with their own torch.
+# On the current Python, because GPU machines come with their own torch. The report's tests need no GPU but a browser.
 test-gpu:
-	@PYTHONPATH=src $(PYTHON) -m pytest -q -m gpu
+	@PYTHONPATH=src $(PYTHON) -m pytest -q -m gpu --ignore=tests/bench/report
 
 peers: $(PEERS)/.setup-done
 

@@ -1,4 +1,7 @@
-"""What kernels are compared with, for several tests."""
+"""Where kernels run in tests, and what they are compared with."""
+
+import os
+from functools import cache
 
 import pytest
 import torch
@@ -8,6 +11,31 @@ from kvarn.attention import Part, Variant, attend_with_mass
 from kvarn.memory import Store
 
 ON_A_GPU = pytest.mark.gpu  # alone: Triton's interpreter takes seconds for each
+NO_INTERPRETER = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are not interpreted")
+# Measuring coverage follows the interpreter's own lines too, and makes it three times as slow.
+DEVICES = [
+    pytest.param("cpu", marks=[NO_INTERPRETER, pytest.mark.no_cover]),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+
+
+def _prepare_once() -> None:
+    """Triton's interpreter prepares its language again for every call of a function in a kernel, which is a third of
+    its time; once for each function is enough."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    prepare = cache(interpreter._patch_lang)
+
+    def prepared(self, *args, **kwargs):
+        prepare(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = prepared
+
+
+_prepare_once()
 
 
 def expected(query: Tensor, store: Store, heads: slice, variant: Variant, counted: bool) -> tuple[Tensor, Tensor]:

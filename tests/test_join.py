@@ -49,6 +49,7 @@ class Alone:
         return [layer[0] for layer in self.caches[sequence].report().entries]
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("architecture", "recipe", "budget"),
     [("llama", *pair) for pair in RECIPES]

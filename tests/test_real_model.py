@@ -1,12 +1,14 @@
 """What the recipes are for, on SmolLM2-135M-Instruct's real weights."""
 
+from copy import deepcopy
 from pydoc_data.topics import topics
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 import kvarn
+from methods.real_text import divergences
 
 NEEDLE = "The special magic number for the Kiruna mill is 73915."
 QUESTION = "Answer from the text above. What is the special magic number for the Kiruna mill?"
@@ -35,7 +37,7 @@ def answer(smollm2, prompt: torch.Tensor, recipe: str, budget: float | None) -> 
     return tokenizer.decode(out[0, prompt.shape[1] :])
 
 
-@pytest.mark.parametrize(("tokens", "depth"), [(2000, 0.2), (2000, 0.7)])
+@pytest.mark.parametrize(("tokens", "depth"), [(800, 0.2), (800, 0.7)])
 def test_snapkv_finds_at_a_quarter_of_the_bytes_what_the_window_loses(smollm2, tokens, depth):
     prompt = haystack_with_needle(smollm2[1], tokens, depth)
     assert "73915" in answer(smollm2, prompt, "full", None)
@@ -43,10 +45,21 @@ def test_snapkv_finds_at_a_quarter_of_the_bytes_what_the_window_loses(smollm2, t
     assert "73915" not in answer(smollm2, prompt, "window", 0.25)
 
 
+def first_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:
+    """A model of its first ``count`` layers with the same weights."""
+    config = deepcopy(model.config)
+    config.num_hidden_layers = count
+    part = type(model)(config).eval()
+    part.load_state_dict(model.state_dict(), strict=False)
+    return part
+
+
+@pytest.mark.parametrize(("layers", "tokens"), [(30, 500), (4, 4000)])
 @torch.no_grad()
-def test_full_equals_transformers_at_4k_tokens(smollm2):
+def test_full_equals_transformers(smollm2, layers, tokens):
     model, tokenizer = smollm2
-    ids = tokenizer(HAYSTACK, return_tensors="pt").input_ids[:, :4000]
+    model = first_layers(model, layers)
+    ids = tokenizer(HAYSTACK, return_tensors="pt").input_ids[:, :tokens]
     own, ours = DynamicCache(config=model.config), kvarn.Cache(model)
     a = model(ids, past_key_values=own, logits_to_keep=1).logits
     b = model(ids, past_key_values=ours, logits_to_keep=1).logits
@@ -56,37 +69,13 @@ def test_full_equals_transformers_at_4k_tokens(smollm2):
         a, b = model(token, past_key_values=own).logits, model(token, past_key_values=ours).logits
 
 
-@pytest.fixture(scope="module")
-def divergences(smollm2) -> dict[str, float]:
-    """Mean KL(full || recipe) in nats over the 48 tokens that really follow a text of 1,500 tokens."""
-    model, tokenizer = smollm2
-    ids = tokenizer(HAYSTACK, return_tensors="pt").input_ids[:, :1548]
-    recipes = {
-        "full": ("full", None),
-        "window": ("window", 0.25),
-        "h2o": ("h2o", 0.25),
-        "snapkv": ("snapkv", 0.25),
-        "kivi4": ("kivi(bits=4)", None),
-        "kivi2": ("kivi(bits=2)", None),
-        "snapkv+kivi4": ("snapkv + kivi(bits=4)", 0.25),
-        "h2o+kivi4": ("h2o + kivi(bits=4)", 0.25),
-    }
-    predictions = {}
-    with torch.no_grad():
-        for name, (recipe, budget) in recipes.items():
-            cache = kvarn.Cache(model, recipe, budget)
-            model(ids[:, :1500], past_key_values=cache, logits_to_keep=1)
-            steps = [model(ids[:, i : i + 1], past_key_values=cache).logits[0] for i in range(1500, 1548)]
-            predictions[name] = torch.cat(steps).double().log_softmax(-1)
-    full = predictions["full"]
-    return {name: float((full.exp() * (full - p)).sum(-1).mean()) for name, p in predictions.items()}
-
-
-def test_each_method_shows_its_point(divergences):
-    assert divergences["full"] == 0
-    assert divergences["h2o"] < divergences["window"]
-    assert divergences["snapkv"] < divergences["window"]
-    assert divergences["kivi4"] < divergences["kivi2"]
-    assert divergences["kivi4"] < divergences["window"]
-    assert divergences["snapkv+kivi4"] < divergences["snapkv"]
-    assert divergences["h2o+kivi4"] < divergences["h2o"]
+def test_each_method_shows_its_point(smollm2):
+    evicting = [(recipe, 0.25) for recipe in ("window", "h2o", "snapkv", "snapkv + kivi(bits=4)", "h2o + kivi(bits=4)")]
+    coding = [("kivi(bits=4)", None), ("kivi(bits=2)", None)]
+    window, h2o, snapkv, coded_snapkv, coded_h2o, kivi4, kivi2 = divergences(smollm2, evicting + coding, prompt=800)
+    assert h2o < window
+    assert snapkv < window
+    assert kivi4 < kivi2
+    assert kivi4 < window
+    assert coded_snapkv < snapkv
+    assert coded_h2o < h2o

@@ -393,6 +393,7 @@ def test_planned_bytes_are_held_bytes_in_a_padded_batch(text: str) -> None:
     assert sum(cache.plan.bytes) == cache.report().bytes
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("text", [text for text in REAL if METHODS[re.match(r"\w+", text)[0]] in (H2O, Window)])
 @pytest.mark.parametrize(("budget", "page_size", "padded"), [(0.5, 8, False), (0.7, 4, True), ("150KB", 16, False)])

@@ -1,11 +1,9 @@
 """Passes as they are captured, computed here without a graph: on a CPU Triton interprets the kernels."""
 
-import os
-
 import pytest
 import torch
 
-from kernel_reference import ON_A_GPU
+from kernel_reference import DEVICES, ON_A_GPU
 from kvarn import Engine, Sampling
 from learnt import kvquant, rotatekv
 from per_token import PerToken
@@ -17,12 +15,6 @@ from kvarn.engine.fused import Fused
 from kvarn.engine.graphs import Graphs, widened
 
 ON_CUDA = torch.cuda.is_available()
-DEVICES = [
-    pytest.param("cuda", marks=pytest.mark.gpu),
-    pytest.param(
-        "cpu", marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are not interpreted")
-    ),
-]
 PROMPTS = [torch.randint(1, 160, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (20, 37, 9)]
 
 
@@ -75,9 +67,9 @@ class Uncaptured(Graphs):
         ("llama", "h2o", 16),
         pytest.param("llama", "scissorhands(history=8, recent=2)", 16, marks=ON_A_GPU),
         pytest.param("llama", "lazyeviction(window=4)", 16, marks=ON_A_GPU),
-        ("llama", "kivi(bits=4, group=16, residual=16)", None),
+        pytest.param("llama", "kivi(bits=4, group=16, residual=16)", None, marks=ON_A_GPU),
         pytest.param("llama", "think(ratio=0.5, window=8, recent=8)", None, marks=ON_A_GPU),
-        ("llama", "zipcache(gap=3)", None),
+        pytest.param("llama", "zipcache(gap=3)", None, marks=ON_A_GPU),
         pytest.param("llama", "mikv(low=4)", None, marks=ON_A_GPU),
         pytest.param("llama", "h2o + mikv(low=4)", 20, marks=ON_A_GPU),
         pytest.param("llama", "arkv(window=4, keep=0.9)", 18, marks=ON_A_GPU),

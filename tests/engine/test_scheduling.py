@@ -114,6 +114,7 @@ def test_whatever_comes(recipe, moves, room, preemption, chunk, most):
     driven.check()
 
 
+@pytest.mark.no_cover
 def test_a_soak_of_hundreds():
     """Few different requests, so that what each gives alone is known; many of them, so that all paths are taken."""
     generator = torch.Generator().manual_seed(9)

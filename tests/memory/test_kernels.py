@@ -1,10 +1,9 @@
 """The memory's kernels beside torch's operations, bit by bit: on a CPU as Triton interprets them, and on a GPU."""
 
-import os
-
 import pytest
 import torch
 
+from kernel_reference import DEVICES
 from kvarn.formats import Columns, Dense, Float8, Int
 from kvarn.memory import Arena, SideLayout, Store, StoreLayout, kernels
 from methods.one_layer import OneLayer, random_tokens, split
@@ -12,10 +11,6 @@ from store_model import Contents, check_lengths, check_pages, layout
 
 pytest.importorskip("triton")
 
-PARAMETERS = [
-    pytest.param("cpu", marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="not interpreted")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 ODD = {
     "position": torch.int32,
     "mass": torch.float32,
@@ -27,7 +22,7 @@ COUNTS = torch.tensor([37, 0, 5, 500])
 EVERYONE = slice(0, 4)
 
 
-@pytest.fixture(params=PARAMETERS)
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 

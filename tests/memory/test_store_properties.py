@@ -276,6 +276,7 @@ class Driven(RuleBasedStateMachine):
         assert all(pool.used == 0 for pool in self.arena.pools.values())
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_stores_hold_what_the_model_holds(kind: str) -> None:
     machine = type("Machine", (Driven,), {"kind": kind})

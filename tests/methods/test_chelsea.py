@@ -148,7 +148,7 @@ class Variant(Chelsea):
 
 
 def test_on_a_real_text_means_that_count_are_closer_than_means_that_do_not_and_than_dropping(smollm2):
-    variants = [Variant(recent=16, block=8, reduction=kind) for kind in (Clustering, Uncounted, Dropped)]
-    counted, uncounted, dropped = divergences(smollm2, variants, entries=80, steps=24)
+    variants = [(Variant(recent=16, block=8, reduction=kind), 80) for kind in (Clustering, Uncounted, Dropped)]
+    counted, uncounted, dropped = divergences(smollm2, variants)
     assert counted < uncounted
     assert counted < dropped

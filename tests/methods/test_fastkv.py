@@ -130,7 +130,7 @@ def test_bad_parameters(parameters):
 
 def test_a_needle_is_found_with_a_fifth_of_the_tokens_in_later_layers(smollm2):
     model, tokenizer = smollm2
-    prompt = haystack_with_needle(tokenizer, 2000, 0.5)
+    prompt = haystack_with_needle(tokenizer, 800, 0.2)
     rows = []
     watch = model.model.layers[20].register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
     try:

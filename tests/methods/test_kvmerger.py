@@ -81,5 +81,5 @@ def test_bad_parameters(parameters):
 
 
 def test_on_a_real_text_it_is_closer_than_a_window(smollm2):
-    merged, window = divergences(smollm2, ["kvmerger", "window"], entries=80, steps=24)
+    merged, window = divergences(smollm2, [("kvmerger", 80), ("window", 80)])
     assert merged < 0.7 * window

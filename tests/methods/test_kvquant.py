@@ -253,5 +253,7 @@ def test_what_a_calibration_learns_brings_a_model_nearer_to_the_full_cache(smoll
         for name, x in learnt.items()
     }
     recipes = ["kvquant(bits=2)", KVQuant(bits=2).with_learnt(uniform), "kvquant(bits=2, outliers=0.0)"]
-    best, without_levels, without_outliers = divergences(smollm2, recipes, None, prompt=200, steps=6)
+    best, without_levels, without_outliers = divergences(
+        smollm2, [(recipe, None) for recipe in recipes], prompt=200, steps=6
+    )
     assert 1.5 * best < min(without_levels, without_outliers)

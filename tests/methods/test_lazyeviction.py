@@ -98,6 +98,6 @@ def test_bad_parameters(parameters):
 
 def test_on_a_real_text_it_is_closer_than_a_window_if_the_threshold_tells_entries_apart(smollm2):
     recipes = ["lazyeviction(window=16, threshold=0.01)", "window", "lazyeviction(window=16, threshold=0.0001)"]
-    tuned, window, blind = divergences(smollm2, recipes, entries=80)
+    tuned, window, blind = divergences(smollm2, [(recipe, 80) for recipe in recipes])
     assert tuned < 0.8 * window
     assert tuned < 0.5 * blind

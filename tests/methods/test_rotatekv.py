@@ -201,6 +201,6 @@ def test_sizes_without_a_hadamard_transform():
 def test_its_parts_bring_the_model_nearer_to_the_full_cache(smollm2):
     model, tokenizer = smollm2
     means = KeyMeans(samples=1, tokens=128).run(model, tokenizer, TEXT[-3000:], lambda done, total: None)
-    methods = [RotateKV(bits=bits, massive=massive).with_learnt(means) for bits, massive in ((2, 20), (2, 0))]
-    found = divergences(smollm2, methods, None, prompt=200, steps=6)
+    methods = [(RotateKV(bits=2, massive=massive).with_learnt(means), None) for massive in (20, 0)]
+    found = divergences(smollm2, methods, prompt=200, steps=6)
     assert 1.4 * found[0] < found[1]

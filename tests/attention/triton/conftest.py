@@ -1,14 +1,9 @@
 """Where the kernels run in these tests."""
 
-import os
-
 import pytest
 import torch
 
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="not interpreted")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
+from kernel_reference import DEVICES
 
 
 @pytest.fixture(params=DEVICES)
