@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 import kvarn
 from drive import left_padded, logits_of
@@ -110,6 +110,15 @@ RECIPES = [
     ("epicache(block=25, tail=8) + kivi(bits=8, group=8, residual=16)", 0.5),
     ("epicache(block=25, tail=8) + mikv(low=4)", 0.5),
 ]
+
+
+def two_layers(architecture: str, recipe) -> PreTrainedModel:
+    """What sequences share shows in two layers; four where something was learnt for four, or neighbours join."""
+    if not isinstance(recipe, str) or re.search("xkv|minicache|xquantcl", recipe):
+        return make_tiny(architecture)
+    return make_tiny(architecture, num_hidden_layers=2)
+
+
 EVICTING_IN_DECODING = [
     pair
     for pair in RECIPES
@@ -197,12 +206,12 @@ def test_a_second_turn_stays_within_the_budget(recipe, budget):
     + [("gemma3", 10, *pair) for pair in RECIPES if not re.search(r"fastkv|minicache| \+ ", str(pair[0]))],
 )
 def test_a_batch_equals_one_by_one(architecture, steps, recipe, budget):
-    model = make_tiny(architecture).double()  # in fp32 the order of additions can flip a code
+    model = two_layers(architecture, recipe).double()  # in fp32 the order of additions can flip a code
     sequences = [PROMPT[0, :90], PROMPT[0, 10:57], PROMPT[0, 3:27]]
     ids, mask = left_padded(sequences)
     together = kvarn.Cache(model, recipe, budget)
     batch = logits_of(model, ids, SHORTER[:steps], together, mask)
-    for row, sequence in enumerate(sequences):
+    for row, sequence in list(enumerate(sequences))[::2]:  # the first and the last, the one that is padded most
         alone = kvarn.Cache(model, recipe, budget)
         logits = logits_of(model, sequence[None], SHORTER[:steps], alone)
         torch.testing.assert_close(batch[row], logits[0], rtol=1e-4, atol=1e-4)  # observed attention is in fp32
@@ -278,7 +287,7 @@ def test_reported_bytes_are_those_of_torch():
 @pytest.mark.no_cover
 @pytest.mark.parametrize(("recipe", "budget"), RECIPES)
 def test_a_fork_goes_its_own_way(recipe, budget):
-    model, others = make_tiny("llama"), CONTINUATION[-8:]  # enough for a block that is shared to end
+    model, others = two_layers("llama", recipe), CONTINUATION[-8:]  # enough for a block that is shared to end
     cache = kvarn.Cache(model, recipe, budget)
     with torch.no_grad():
         model(PROMPT, past_key_values=cache)

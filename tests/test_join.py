@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 import kvarn
 from kvarn.errors import CacheMismatch, OutOfMemory
 from kvarn.memory import Arena
-from test_cache import PROMPT, RECIPES
+from test_cache import PROMPT, RECIPES, two_layers
 from tiny_models import make_tiny
 
 LENGTHS = (50, 62, 37)
@@ -56,7 +56,7 @@ class Alone:
     + [("gemma3", *pair) for pair in RECIPES if str(pair[0]).startswith(("full", "h2o", "mikv", "snapkv + kivi"))],
 )
 def test_sequences_come_and_go(architecture, recipe, budget):
-    model = make_tiny(architecture).double()  # in fp32 the order of additions can flip a code
+    model = two_layers(architecture, recipe).double()  # in fp32 the order of additions can flip a code
     alone, pools = Alone(model, recipe, budget), arena()
     running = prefilled(model, 0, recipe, budget, pools)
     order = [0]

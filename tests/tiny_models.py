@@ -58,7 +58,7 @@ TINY: dict[str, Callable[..., PreTrainedConfig]] = {
     "qwen2": lambda **k: Qwen2Config(**_COMMON | k),
     "qwen3": lambda **k: Qwen3Config(**_COMMON | k),
     "gemma3": lambda **k: Gemma3TextConfig(
-        **_COMMON | _GEMMA | {"layer_types": _MIXED} | k,
+        **_COMMON | _GEMMA | {"layer_types": _MIXED[-k.get("num_hidden_layers", 4) :]} | k,
     ),
     "phi3": lambda **k: Phi3Config(**_COMMON | k),
     "mixtral": lambda **k: MixtralConfig(**_COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2} | k),
