@@ -164,10 +164,12 @@ def fetch(
     width: tl.constexpr = segment[1].dtype.element_ty.primitive_bitwidth // 8
     numbers: tl.constexpr = width if KIND == 3 else SIZE // GROUP * 4 if KIND == 2 else SIZE * 4 // GROUP
     together: tl.constexpr = BLOCK if PAGE % BLOCK == 0 else PAGE
-    for first in tl.static_range(0, BLOCK, together):
-        place = _page(segment, head, (base + first) // PAGE) * PAGE + (base + first) % PAGE
-        _fetch(segment[0], place, SIZE // PARTS, together)
-        _fetch(segment[1], place, numbers, together)
+    # Else rows that lie together would end beyond their page.
+    if BLOCK % together == 0:
+        for first in tl.static_range(0, BLOCK, together):
+            place = _page(segment, head, (base + first) // PAGE) * PAGE + (base + first) % PAGE
+            _fetch(segment[0], place, SIZE // PARTS, together)
+            _fetch(segment[1], place, numbers, together)
 
 
 @triton.jit
