@@ -111,15 +111,21 @@ def test_a_pass_over_buffers_gives_the_tokens_of_the_cache(architecture, recipe,
     assert {state.data_ptr() for each in segments for state in each.state.values()} <= set(graphs.state())
 
 
+def decoding(recipe: str, budget: int | None, steps: int) -> Engine:
+    """An engine on a GPU, with two sequences in the midst of their answers."""
+    engine = Engine(make_tiny("llama").to("cuda"), recipe, budget, max_batch=2)
+    for prompt in PROMPTS[:2]:
+        engine.add(prompt, Sampling(max_tokens=40))
+    for _ in range(steps):
+        engine.step()
+    return engine
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("recipe", "budget"), [("h2o", 200), ("mikv(low=4)", None)])
 def test_what_a_query_pays_is_counted_once(recipe, budget):
     """When its pass is captured too."""
-    engine = Engine(make_tiny("llama").to("cuda"), recipe, budget, max_batch=2)
-    for prompt in PROMPTS[:2]:
-        engine.add(prompt, Sampling(max_tokens=40))
-    for _ in range(4):
-        engine.step()
+    engine = decoding(recipe, budget, 4)
     ((group,), seen) = engine._batch.groups, engine._batch.seen
     mass = group.store.read_column(group.everyone, "mass")
     mass = mass.masked_fill(~group._within(group.everyone), 0).sum(1).cpu()
@@ -129,11 +135,7 @@ def test_what_a_query_pays_is_counted_once(recipe, budget):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("recipe", "budget"), [("h2o", 16), ("lazyeviction(window=4)", 16), ("mikv(low=4)", None)])
 def test_entries_leave_and_move_while_the_host_does_not_wait(recipe, budget):
-    engine = Engine(make_tiny("llama").to("cuda"), recipe, budget, max_batch=2)
-    for prompt in PROMPTS[:2]:
-        engine.add(prompt, Sampling(max_tokens=40))
-    for _ in range(8):
-        engine.step()
+    engine = decoding(recipe, budget, 8)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(8):
