@@ -34,7 +34,7 @@ def layout(case: str, page: int) -> StoreLayout:
     if case == "dense":
         return StoreLayout(SideLayout(dense, dense), SideLayout(dense, dense), None, page)
     if case == "float8":
-        side = SideLayout(Float8(SIZE, DTYPE), dense)
+        side = SideLayout(Float8(SIZE, DTYPE), dense, encodes_new=True)  # as ``fp8`` has it
         return StoreLayout(side, side, None, page)
     bits = int(case.removeprefix("int"))
     keys = SideLayout(Int(bits, "channel", 32, SIZE, DTYPE), dense, block=128)

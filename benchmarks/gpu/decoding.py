@@ -1,6 +1,6 @@
 """Whole decoding steps and prompts of an 8B Llama 3.1 shape in bf16 (random weights), against the floor of their bytes.
 
-    python benchmarks/gpu/decoding.py [--out FILE] [--cases NAME,…] [--steps 20] [--tiny]
+    python benchmarks/gpu/decoding.py [--out FILE] [--cases NAME,…] [--steps 20] [--page 16] [--tiny]
 
 The floor of a step is (bytes of the weights that it reads + bytes of the pages held) / copy bandwidth, which is
 measured first, in the same run, over copies of 4 GiB (bytes read and written). A step is ``Engine.step``: the host's
@@ -112,7 +112,7 @@ def _row(model, name, options, bandwidth, weights):
         recipe, entries, tokens, sequences = DECODING[name]
         if options.tiny:
             entries, tokens, sequences = entries and entries // 64, tokens // 64, min(sequences, 4)
-        row = _decoding(model, recipe, entries, tokens, sequences, options.steps)
+        row = _decoding(model, recipe, entries, tokens, sequences, options)
         row["floor_ms"] = round((weights + row["page_bytes"]) / bandwidth * 1e3, 3)
         row["times_floor"] = round(row["step_ms"] / row["floor_ms"], 3)
         row["tokens_per_second"] = round(sequences / row["step_ms"] * 1e3)
@@ -135,9 +135,10 @@ def _row(model, name, options, bandwidth, weights):
 # -- kvarn ------------------------------------------------------------------------------------------------------
 
 
-def _decoding(model, recipe, entries, tokens, sequences, steps):
-    engine = kvarn.Engine(model, recipe, entries, max_batch=sequences)
-    engine._batch = cache = _filled(model, recipe, entries, tokens, sequences, steps + 10)
+def _decoding(model, recipe, entries, tokens, sequences, options):
+    engine = kvarn.Engine(model, recipe, entries, max_batch=sequences, page_size=options.page)
+    room = options.steps + 10
+    engine._batch = cache = _filled(model, recipe, entries, tokens, sequences, room, options.page)
     engine.arena = engine._scheduler.arena = cache._arena
     sampling = kvarn.Sampling(max_tokens=10**6, ignore_end=True)
     for number in range(sequences):
@@ -146,7 +147,7 @@ def _decoding(model, recipe, entries, tokens, sequences, steps):
     for _ in range(3):
         engine.step()
     times = []
-    for _ in range(steps):
+    for _ in range(options.steps):
         start = time.perf_counter()
         engine.step()
         times.append((time.perf_counter() - start) * 1e3)
@@ -168,9 +169,9 @@ def _decoding(model, recipe, entries, tokens, sequences, steps):
     return row
 
 
-def _filled(model, recipe, entries, tokens, sequences, steps):
+def _filled(model, recipe, entries, tokens, sequences, steps, page):
     """A cache of ``sequences`` that hold ``entries`` a head (None: all), with room for ``steps`` more."""
-    cache = kvarn.Cache(model, recipe, entries, arena=Arena(model.device, 16))
+    cache = kvarn.Cache(model, recipe, entries, arena=Arena(model.device, page))
     cache._adopt(cache._new_groups(sequences, model.device))
     counts = []
     for group in cache.groups:
@@ -323,6 +324,7 @@ def _options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="", help="names of the cases, all by default")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--page", type=int, default=16, help="entries in a page")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, to try the script")
     parser.add_argument("--out", default="benchmarks/results/gpu/decoding.json")
     return parser.parse_args()

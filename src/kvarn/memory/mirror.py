@@ -12,7 +12,8 @@ class Mirror:
 
     ``table`` is int32 [heads, width], ``spans`` int32 [heads, 2]: start and length in tokens. They are written in
     place, so that what was captured with their addresses keeps working, until the table has to widen: ``moves`` counts
-    that.
+    that. Spans are only ever copied from the host, never written by a kernel: a kernel may read them before those are
+    done that it was launched behind.
     """
 
     def __init__(self, device: torch.device, heads: int):

@@ -106,10 +106,6 @@ def attend_split(
     ``ahead`` on. HEADS rows of a sequence are kept as one head of the store.
     """
     V_LINES: tl.constexpr = V_RUN // 2 if V_FOLDED else V_WIDTH
-    if OVERLAP:
-        # Kernels are launched while those before them run: the merge after this one, and this one after others.
-        gdc_wait()
-        gdc_launch_dependents()
     split = tl.program_id(0)
     every = tl.arange(0, ROWS)
     begins, finishes = _stretch(
@@ -120,13 +116,8 @@ def attend_split(
     least = tl.cdiv(tl.cdiv(tl.sum(lengths, 0), tl.num_programs(0) - rows), BLOCK) * BLOCK
     chunk = tl.maximum(chunk, least)
     ends = tl.cumsum((lengths + chunk - 1) // chunk, 0)
-    if split == 0:
-        tl.store(bounds, ahead)
-        tl.store(bounds + 1 + every, ahead + ends, mask=every < rows)
     row = tl.sum((ends <= split).to(tl.int32), 0)
-    if row >= rows:
-        return
-    head = first + row // HEADS
+    head = first + tl.minimum(row, rows - 1) // HEADS
     k_settled = 0
     v_settled = 0
     if K_SETTLED:
@@ -136,6 +127,16 @@ def attend_split(
     begin, finish = _stretch(keys, key_tail, values, head, True, K_SETTLED, V_SETTLED, K_READS, V_READS)
     low = begin + (split - tl.max(tl.where(ends <= split, ends, 0), 0)) * chunk
     high = tl.minimum(low + chunk, finish)
+    if OVERLAP:
+        # Kernels are launched while those before them run: the merge after this one, and this one after others, none of
+        # which writes lengths (``memory.mirror``).
+        gdc_wait()
+        gdc_launch_dependents()
+    if split == 0:
+        tl.store(bounds, ahead)
+        tl.store(bounds + 1 + every, ahead + ends, mask=every < rows)
+    if row >= rows:
+        return
     if OBSERVED and SKIPS:
         logits += tl.load(skipped + row)
 
