@@ -127,9 +127,10 @@ def _tiling(fmt: Format, block: int, exact: bool) -> Tiling | None:
     parts = _parts(fmt.bits)
     whole = fmt.size // parts
     per_channel = fmt.axis == "channel"
-    run = gcd(whole, 128 if per_channel else fmt.group)
+    run = gcd(whole, 64 if per_channel else fmt.group)
     fine = bool(fmt.group % block) if per_channel else run < 16
-    folded = fmt.bits != 3 and not fine and _folds(fmt.size, run, exact)
+    few = per_channel or fmt.size <= 8 * fmt.group  # groups that ``folded.group_minima`` has lines for
+    folded = fmt.bits != 3 and not fine and few and _folds(fmt.size, run, exact)
     kind = CHANNEL if per_channel else TOKEN
     return Tiling(kind.value, fmt.bits, fmt.group, fmt.size, parts, whole if fine else run, fine, folded)
 

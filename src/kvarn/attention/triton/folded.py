@@ -68,13 +68,15 @@ def key_codes(
     where the first two dimensions number the threads of a warp. Behind them scales and minima, for ``ranges``: those
     of all channels, or of each run and part those of the entries."""
     each: tl.constexpr = RUN // 8
-    entry = tl.arange(0, 8)[:, None] + 8 * tl.arange(0, BLOCK // 8)[None, :]
-    half = each * tl.arange(0, 4)[:, None] + tl.arange(0, each)[None, :]
-    rows = _rows(segment, head, base, entry, BLOCK, PAGE, SIZE // PARTS)
+    line = tl.arange(0, 8)[None, :, None, None]
+    inner = 8 * tl.arange(0, BLOCK // 8)[None, None, :, None]
+    half = each * tl.arange(0, 4)[:, None, None, None] + tl.arange(0, each)[None, None, None, :]
+    halves = segment[0].to(tl.pointer_type(tl.uint16)) + half
     codes = ()
     for run in tl.static_range(SIZE // PARTS // RUN):
-        codes = codes + (tl.load(rows[None, :, :, None] + (run * RUN // 2 + half)[:, None, None, :]),)
-    return codes + _raw_ranges(segment, head, base, True, BLOCK, KIND, GROUP, PAGE, SIZE, PARTS, RUN)
+        at = _at(halves + run * RUN // 2, segment, head, base, line, inner, SIZE // PARTS // 2, BLOCK, PAGE)
+        codes = codes + (tl.load(at),)
+    return codes + raw_ranges(segment, head, base, True, BLOCK, KIND, GROUP, PAGE, SIZE, PARTS, RUN)
 
 
 @triton.jit
@@ -90,20 +92,21 @@ def value_codes(
     PARTS: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """As ``key_codes``; codes are uint16 [4, 8, BLOCK / 8, 2, RUN / 16], ranges of channels those of each tile."""
+    """As ``key_codes``, without scales and minima: of each run uint16 [4, 8, BLOCK / 8, 2, RUN / 16]."""
     each: tl.constexpr = RUN // 16
-    entry = 2 * tl.arange(0, 4)[:, None, None] + 8 * tl.arange(0, BLOCK // 8)[None, :, None]
-    entry += tl.arange(0, 2)[None, None, :]
-    half = each * tl.arange(0, 8)[:, None, None, None] + tl.arange(0, each)[None, None, None, :]
-    rows = _rows(segment, head, base, entry, BLOCK, PAGE, SIZE // PARTS)
+    pair = 2 * tl.arange(0, 4)[:, None, None, None, None]
+    inner = 8 * tl.arange(0, BLOCK // 8)[None, None, :, None, None] + tl.arange(0, 2)[None, None, None, :, None]
+    half = each * tl.arange(0, 8)[None, :, None, None, None] + tl.arange(0, each)[None, None, None, None, :]
+    halves = segment[0].to(tl.pointer_type(tl.uint16)) + half
     codes = ()
     for run in tl.static_range(SIZE // PARTS // RUN):
-        codes = codes + (tl.load(rows[:, None, :, :, None] + (run * RUN // 2 + half)[None, :, :, :, :]),)
-    return codes + _raw_ranges(segment, head, base, False, BLOCK, KIND, GROUP, PAGE, SIZE, PARTS, RUN)
+        at = _at(halves + run * RUN // 2, segment, head, base, pair, inner, SIZE // PARTS // 2, BLOCK, PAGE)
+        codes = codes + (tl.load(at),)
+    return codes
 
 
 @triton.jit
-def _raw_ranges(
+def raw_ranges(
     segment,
     head,
     base,
@@ -122,9 +125,10 @@ def _raw_ranges(
     if KIND == 1:
         unit = _page(segment, head, base // PAGE) * (PAGE // GROUP) + base % PAGE // GROUP
         if KEYS:
-            # Of each half both bytes together, of each run and part: [4, 8, RUN / 8].
-            half = RUN // 8 * tl.arange(0, 4)[:, None, None] + tl.arange(0, RUN // 8)[None, None, :]
-            half += tl.zeros([8], tl.int32)[None, :, None]
+            # Of each half both bytes together, of each run and part: [4, 8, RUN / 16, 2]. A thread loads two at once,
+            # and of a longer last dimension would be given some of another's.
+            half = RUN // 8 * tl.arange(0, 4)[:, None, None, None] + tl.arange(0, 2)[None, None, None, :]
+            half += 2 * tl.arange(0, RUN // 16)[None, None, :, None] + tl.zeros([8], tl.int32)[None, :, None, None]
             twos = segment[1].to(tl.pointer_type(tl.uint64)) + unit * (SIZE // 2)
             for run in tl.static_range(SIZE // PARTS // RUN):
                 for part in tl.static_range(PARTS):
@@ -133,18 +137,30 @@ def _raw_ranges(
             pairs = segment[1].to(tl.pointer_type(tl.uint32)) + unit * SIZE
             for index in tl.static_range(2 * SIZE // RUN):
                 raw = raw + (tl.load(pairs + value_channels(index, SIZE, PARTS, RUN)),)
+    elif KIND == 2 and not KEYS:
+        # Those of the terms that a thread multiplies, all groups together, [4, 8, BLOCK / 8, 2, groups]; and of line g
+        # those of the group that is g-th from the last, again and again.
+        groups: tl.constexpr = SIZE // GROUP
+        pair = 2 * tl.arange(0, 4)[:, None, None, None, None]
+        inner = 8 * tl.arange(0, BLOCK // 8)[None, None, :, None, None] + tl.arange(0, 2)[None, None, None, :, None]
+        line = tl.arange(0, 8)[None, :, None, None, None]
+        numbers = segment[1].to(tl.pointer_type(tl.uint32))
+        all_groups = numbers + (tl.arange(0, groups)[None, None, None, None, :] + line * 0)
+        one_group = numbers + (groups - 1 - line % groups)
+        for start in tl.static_range(2):
+            at = _at(one_group if start else all_groups, segment, head, base, pair, inner, groups, BLOCK, PAGE)
+            raw = raw + (tl.load(at),)
     else:
         # Those of the lines that a thread has of a product, [4, 8, BLOCK / 8].
-        entry = tl.arange(0, 8)[:, None] + 8 * tl.arange(0, BLOCK // 8)[None, :]
-        first, rest = _places(segment, head, base, entry, BLOCK, PAGE)
-        same = tl.zeros([4], tl.int32)[:, None, None]
+        line, same = tl.arange(0, 8)[None, :, None], 0 * tl.arange(0, 4)[:, None, None]
+        inner = 8 * tl.arange(0, BLOCK // 8)[None, None, :]
         for index in tl.static_range(SIZE // RUN):
             if KIND == 3:
-                raw = raw + (tl.load(segment[1] + (first + rest)[None, :, :] + same),)
+                raw = raw + (tl.load(_at(segment[1] + same, segment, head, base, line, inner, 1, BLOCK, PAGE)),)
             else:
-                numbers = segment[1].to(tl.pointer_type(tl.uint32)) + first * (SIZE // GROUP) + rest * (SIZE // GROUP)
                 group = (index % PARTS * (SIZE // PARTS) + index // PARTS * RUN) // GROUP
-                raw = raw + (tl.load(numbers[None, :, :] + same + group),)
+                numbers = segment[1].to(tl.pointer_type(tl.uint32)) + group + same
+                raw = raw + (tl.load(_at(numbers, segment, head, base, line, inner, SIZE // GROUP, BLOCK, PAGE)),)
     return raw
 
 
@@ -208,8 +224,8 @@ def value_tiles(halves, KIND: tl.constexpr, BITS: tl.constexpr, PACKED: tl.const
 
 @triton.jit
 def channel_ranges(raw, HEIGHT: tl.constexpr, PACKED: tl.constexpr):
-    """What ``key_codes`` has of the channels of a run and part, [4, 8, RUN / 8], for the tiles of both bytes: scales,
-    minima of the first, and of the second, fp16 [RUN / 2, HEIGHT] each."""
+    """What ``key_codes`` has of the channels of a run and part, [4, 8, RUN / 16, 2], for the tiles of both bytes:
+    scales, minima of the first, and of the second, fp16 [RUN / 2, HEIGHT] each."""
     if PACKED:
         code: tl.constexpr = (
             "{ .reg .b32 a, b, c, d; mov.b64 {a, b}, $4; mov.b64 {c, d}, $5; prmt.b32 $0, a, c, 0x5410; "
@@ -228,16 +244,51 @@ def channel_ranges(raw, HEIGHT: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def _per_term(x, HEIGHT: tl.constexpr):
-    """Numbers of the terms of a product as they were loaded, [4, 8, n / 4], as it multiplies them, [n, HEIGHT]."""
-    some: tl.constexpr = x.shape[2] // 4
+    """Numbers of the terms of a product as they were loaded, [4, 8, n / 8, 2], as it multiplies them, [n, HEIGHT]."""
+    some: tl.constexpr = x.shape[2] // 2
     terms = x.reshape(4, 8, some, 2, 2).permute(2, 3, 0, 4, 1).reshape(some * 16, 1, 8)
     return tl.broadcast_to(terms, [some * 16, HEIGHT // 8, 8]).reshape(some * 16, HEIGHT)
 
 
 @triton.jit
-def half_ranges(raw):
-    """Scales and minima, fp16, as they are stored."""
-    return raw.to(tl.uint16).to(tl.float16, bitcast=True), (raw >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+def group_scales(raw):
+    """Of each group the scales of all terms, fp16 [4, 8, BLOCK / 8, 2], from those of all groups."""
+    scales = (raw.to(tl.uint16).to(tl.float16, bitcast=True),)
+    t: tl.constexpr = raw.shape
+    for level in tl.static_range(5):
+        if len(scales) < t[4]:
+            even = ()
+            odd = ()
+            for i in tl.static_range(len(scales)):
+                pair = tl.split(scales[i].reshape(t[0], t[1], t[2], t[3], t[4] // (2 << level), 2))
+                even = even + (pair[0],)
+                odd = odd + (pair[1],)
+            scales = even + odd
+    one = ()
+    for i in tl.static_range(t[4]):
+        one = one + (scales[i].reshape(t[0], t[1], t[2], t[3], 1),)
+    return one
+
+
+@triton.jit
+def group_minima(raw):
+    """Of line g of 16 the minima of all terms in the group that is g-th from the last, fp16 [16, BLOCK]."""
+    blocks: tl.constexpr = raw.shape[2]
+    lines = (raw >> 16).to(tl.uint16).to(tl.float16, bitcast=True).permute(1, 2, 0, 3, 4).reshape(1, 8, blocks * 8)
+    return tl.broadcast_to(lines, [2, 8, blocks * 8]).reshape(16, blocks * 8)
+
+
+@triton.jit
+def as_terms(weight):
+    """[BLOCK, HEIGHT] as the numbers of ``group_scales`` lie, [4, 8, BLOCK / 8, 2, HEIGHT / 8]."""
+    blocks: tl.constexpr = weight.shape[0] // 8
+    return weight.reshape(blocks, 4, 2, weight.shape[1] // 8, 8).permute(1, 4, 0, 2, 3)
+
+
+@triton.jit
+def from_terms(x):
+    """What ``as_terms`` took."""
+    return x.permute(2, 0, 3, 4, 1).reshape(x.shape[2] * 8, x.shape[4] * 8)
 
 
 @triton.jit
@@ -260,22 +311,21 @@ def ranges(segment, raw, KIND: tl.constexpr):
 
 
 @triton.jit
-def _rows(segment, head, base, entry, BLOCK: tl.constexpr, PAGE: tl.constexpr, BYTES: tl.constexpr):
-    first, rest = _places(segment, head, base, entry, BLOCK, PAGE)
-    return segment[0].to(tl.pointer_type(tl.uint16)) + first * (BYTES // 2) + rest * (BYTES // 2)
-
-
-@triton.jit
-def _places(segment, head, base, entry, BLOCK: tl.constexpr, PAGE: tl.constexpr):
-    """Flat slots of ``base`` + ``entry`` (0 … BLOCK) of a settled segment, as two terms: one that all of a page share,
-    and where in it. Blocks lie on a grid, and settled segments start with their first page."""
+def _at(start, segment, head, base, thread, inner, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr):
+    """Where the numbers of entries ``base`` + ``thread`` + ``inner`` are, WIDTH of each from ``start`` on, in a settled
+    segment. Blocks lie on a grid, and such segments start with their first page. ``thread`` (0 … 8) is added before
+    ``inner`` (multiples of 8, and what keeps the sum below the next), which is known when this is compiled: so all that
+    a thread loads has one address and offsets from it."""
     if PAGE % BLOCK == 0:
-        return _page(segment, head, base // PAGE) * PAGE + base % PAGE, entry
-    elif BLOCK == 2 * PAGE:
+        place = _page(segment, head, base // PAGE) * PAGE + base % PAGE
+        return start + place * WIDTH + thread * WIDTH + inner * WIDTH
+    elif BLOCK == 2 * PAGE and PAGE % 8 == 0:
         first, second = _page(segment, head, base // PAGE), _page(segment, head, base // PAGE + 1)
-        return tl.where(entry < PAGE, first, second) * PAGE, entry % PAGE
+        page = tl.where(inner < PAGE, first, second)
+        return start + page * (PAGE * WIDTH) + thread * WIDTH + inner % PAGE * WIDTH
     else:
-        return _page(segment, head, (base + entry) // PAGE) * PAGE, (base + entry) % PAGE
+        entry = base + thread + inner
+        return start + (_page(segment, head, entry // PAGE) * PAGE + entry % PAGE) * WIDTH
 
 
 @triton.jit
@@ -290,6 +340,8 @@ def _assembly(kind, bits):
     if kind == 3:
         code = ".reg .b32 x; .reg .b16 a, b; prmt.b32 x, $2, 0, 0x3120; mov.b32 {a, b}, x; "
         return "{" + code + "cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }", "=r,=r,r"
+    if bits == 8:
+        return "{ prmt.b32 $0, $2, 0, 0x4240; prmt.b32 $1, $2, 0, 0x4341; }", "=r,=r,r"
     parts = 8 // bits
     count = 2 * parts
     lines = [".reg .b32 high;", f"shr.b32 high, ${count}, 8;"]

@@ -11,15 +11,19 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .folded import (
     LIFT,
+    as_terms,
     channel_ranges,
     factor,
     fetch,
-    half_ranges,
+    from_terms,
+    group_minima,
+    group_scales,
     key_channels,
     key_codes,
     key_tiles,
     per_entry,
     ranges,
+    raw_ranges,
     relative,
     value_channels,
     value_codes,
@@ -146,8 +150,8 @@ def attend_split(
     for _ in tl.static_range(V_TILES):
         sums = sums + (tl.zeros([V_LINES, HEIGHT], tl.float32),)
     minima = ()
-    for _ in tl.static_range(V_TILES // 2 if V_FOLDED else 0):
-        minima = minima + (tl.zeros([8, HEIGHT], tl.float32),)
+    if V_FOLDED and V_KIND == 2:
+        minima = tl.zeros([16, HEIGHT], tl.float32)
 
     # Keys and values settle at different entries, so a split is cut where either does. Which of two orders the cuts
     # have differs from head to head: of the second and the third loop at most one runs.
@@ -175,7 +179,8 @@ def attend_split(
     for i in tl.static_range(V_TILES):
         least = tl.zeros([HEIGHT], tl.float32)
         if V_FOLDED and V_KIND == 2:
-            least = tl.sum(minima[i // (2 * V_PARTS) * V_PARTS + i % V_PARTS], 0)
+            group = (i % V_PARTS * (V_SIZE // V_PARTS) + i // (2 * V_PARTS) * V_RUN) // V_GROUP
+            least = tl.sum(tl.where(tl.arange(0, 16)[:, None] == V_SIZE // V_GROUP - 1 - group, minima, 0), 0)
         if V_FOLDED:
             channel = value_channels(i, V_SIZE, V_PARTS, V_RUN)
         else:
@@ -372,9 +377,12 @@ def _attend_part(
         total = total * fade[None, :] + _in_eights(weight, BLOCK, HEIGHT)
         top = higher
         if v_folded:
+            # Loaded after the logits are computed: of two layouts Triton keeps the later one, so that it brings the
+            # weights into that of the scales, once, and not the scales of every group into that of the weights.
+            value += raw_ranges(v_segment, head, base, False, BLOCK, V_KIND, V_GROUP, V_PAGE, V_SIZE, V_PARTS, V_RUN)
             sums, minima = _folded_sums(
-                sums, minima, weight, fade, value, v_segment, BLOCK, HEIGHT, V_KIND, V_BITS, V_SIZE, V_PARTS, V_RUN,
-                PACKED,
+                sums, minima, weight, fade, value, v_segment, BLOCK, HEIGHT, V_KIND, V_BITS, V_GROUP, V_SIZE, V_PARTS,
+                V_RUN, PACKED,
             )  # fmt: skip
         else:
             if V_FOLDED:
@@ -391,10 +399,7 @@ def _attend_part(
                 added = added + (tl.dot(tiles[i], weight.to(v_type), faded, input_precision="ieee"),)
             sums = added
             if V_FOLDED and V_KIND == 2:
-                faded = ()
-                for i in tl.static_range(V_TILES // 2):
-                    faded = faded + (minima[i] * fade[None, :],)
-                minima = faded
+                minima *= fade[None, :]
     if v_folded:
         sums = _in_units(sums, True, V_TILES, V_KIND, V_BITS, V_PARTS)
     return top, total, sums, minima
@@ -484,16 +489,21 @@ def _folded_sums(
     HEIGHT: tl.constexpr,
     KIND: tl.constexpr,
     BITS: tl.constexpr,
+    GROUP: tl.constexpr,
     SIZE: tl.constexpr,
     PARTS: tl.constexpr,
     RUN: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """``sums``, in the units of ``_in_units``, and ``minima`` with what the values of ``value_codes`` add: of each run
-    and part the sums of weights times minima, not yet added up over eight groups of entries."""
+    """``sums``, in the units of ``_in_units``, and ``minima`` ([16, HEIGHT], lines as in ``group_minima``) with what
+    the values of ``value_codes`` and their ``raw_ranges`` add."""
     RUNS: tl.constexpr = SIZE // PARTS // RUN
     added = ()
-    more = ()
+    if KIND == 2:
+        half = weight.to(tl.float16)
+        minima = tl.dot(group_minima(codes[RUNS + 1]), half, minima * fade[None, :])
+        terms = as_terms(half)
+        scales = group_scales(codes[RUNS])
     for run in tl.static_range(RUNS):
         tiles = value_tiles(codes[run], KIND, BITS, PACKED)
         before = sums[run * 2 * PARTS : (run + 1) * 2 * PARTS]
@@ -504,23 +514,18 @@ def _folded_sums(
                 product = tl.dot(tiles[i], weight.to(tl.float16))
                 whole = tl.sum(weight, 0) / factor(i, KIND, BITS, PARTS)
                 added = added + (before[i] * fade[None, :] + product * s[:, None] + m[:, None] * whole[None, :],)
-        else:
-            raw = codes[RUNS + run * PARTS : RUNS + (run + 1) * PARTS]
+        elif KIND == 2:
             weights = ()
             for part in tl.static_range(PARTS):
-                if KIND == 2:
-                    s, m = half_ranges(raw[part])
-                    half = weight.to(tl.float16)
-                    weights = weights + (half * per_entry(s, HEIGHT),)
-                    least = _in_eights(half * per_entry(m, HEIGHT), BLOCK, HEIGHT)
-                    more = more + (minima[run * PARTS + part] * fade[None, :] + least,)
-                else:
-                    s, _ = ranges(segment, raw[part], KIND)
-                    weights = weights + ((weight * per_entry(s, HEIGHT)).to(tl.float16),)
+                scale = scales[(part * (SIZE // PARTS) + run * RUN) // GROUP]
+                weights = weights + (from_terms(terms * scale),)
             for i in tl.static_range(2 * PARTS):
                 added = added + (tl.dot(tiles[i], weights[i % PARTS], before[i] * fade[None, :]),)
-    if KIND == 2:
-        minima = more
+        else:
+            s, _ = ranges(segment, codes[RUNS + run], KIND)
+            scaled = (weight * per_entry(s, HEIGHT)).to(tl.float16)
+            for i in tl.static_range(2):
+                added = added + (tl.dot(tiles[i], scaled, before[i] * fade[None, :]),)
     return added, minima
 
 
