@@ -1,6 +1,6 @@
 """Whole decoding steps and prompts of an 8B Llama 3.1 shape in bf16 (random weights), against the floor of their bytes.
 
-    python benchmarks/gpu/decoding.py [--out FILE] [--cases NAME,…] [--steps 20] [--page 16] [--tiny]
+    python benchmarks/gpu/decoding.py [--out FILE] [--cases NAME,…] [--steps 20] [--tiny]
 
 The floor of a step is (bytes of the weights that it reads + bytes of the pages held) / copy bandwidth, which is
 measured first, in the same run, over copies of 4 GiB (bytes read and written). A step is ``Engine.step``: the host's
@@ -28,7 +28,7 @@ from kvarn.memory import Arena
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SNAPKV = "snapkv"
-# name: recipe, entries a head (None: all), tokens seen, sequences
+# name: recipe, entries a head (None: all), tokens seen, sequences; names that end in pages32: with such pages
 DECODING = {
     "full-1k-1": ("full", None, 1024, 1),
     "full-32k-1": ("full", None, 32768, 1),
@@ -41,13 +41,14 @@ DECODING = {
     "fixed-32k-32": (SNAPKV, 4096, 32768, 32),
     "fixed-128k-32": (SNAPKV, 4096, 131000, 32),
     "kivi4-32k-32": ("kivi(bits=4)", None, 32768, 32),
+    "kivi4-32k-32-pages32": ("kivi(bits=4)", None, 32768, 32),
     "kivi2-32k-64": ("kivi(bits=2)", None, 32768, 64),
+    "kivi2-32k-64-pages32": ("kivi(bits=2)", None, 32768, 64),
     "fp8-32k-32": ("fp8", None, 32768, 32),
 }
 SHAPE = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
-    "num_hidden_layers": 32,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "head_dim": 128,
@@ -80,8 +81,8 @@ def main() -> None:
     options = _options()
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
-    model = _model(options.tiny)
-    bandwidth = _copy_bandwidth(options.tiny)
+    model = llama(options.tiny)
+    bandwidth = copy_bandwidth(options.tiny)
     embedding = model.get_input_embeddings().weight
     weights = sum(p.nbytes for p in model.parameters() if p is not embedding)
     result = {
@@ -112,7 +113,8 @@ def _row(model, name, options, bandwidth, weights):
         recipe, entries, tokens, sequences = DECODING[name]
         if options.tiny:
             entries, tokens, sequences = entries and entries // 64, tokens // 64, min(sequences, 4)
-        row = _decoding(model, recipe, entries, tokens, sequences, options)
+        page = 32 if name.endswith("pages32") else 16
+        row = _decoding(model, recipe, entries, tokens, sequences, page, options.steps)
         row["floor_ms"] = round((weights + row["page_bytes"]) / bandwidth * 1e3, 3)
         row["times_floor"] = round(row["step_ms"] / row["floor_ms"], 3)
         row["tokens_per_second"] = round(sequences / row["step_ms"] * 1e3)
@@ -135,10 +137,9 @@ def _row(model, name, options, bandwidth, weights):
 # -- kvarn ------------------------------------------------------------------------------------------------------
 
 
-def _decoding(model, recipe, entries, tokens, sequences, options):
-    engine = kvarn.Engine(model, recipe, entries, max_batch=sequences, page_size=options.page)
-    room = options.steps + 10
-    engine._batch = cache = _filled(model, recipe, entries, tokens, sequences, room, options.page)
+def _decoding(model, recipe, entries, tokens, sequences, page, steps):
+    engine = kvarn.Engine(model, recipe, entries, max_batch=sequences, page_size=page)
+    engine._batch = cache = _filled(model, recipe, entries, tokens, sequences, steps + 10, page)
     engine.arena = engine._scheduler.arena = cache._arena
     sampling = kvarn.Sampling(max_tokens=10**6, ignore_end=True)
     for number in range(sequences):
@@ -147,7 +148,7 @@ def _decoding(model, recipe, entries, tokens, sequences, options):
     for _ in range(3):
         engine.step()
     times = []
-    for _ in range(options.steps):
+    for _ in range(steps):
         start = time.perf_counter()
         engine.step()
         times.append((time.perf_counter() - start) * 1e3)
@@ -157,6 +158,7 @@ def _decoding(model, recipe, entries, tokens, sequences, options):
         "entries": entries or tokens,
         "tokens": tokens,
         "sequences": sequences,
+        "page_size": page,
         "step_ms": round(statistics.median(times), 3),
         "slowest_ms": round(max(times), 3),
         "page_bytes": cache._arena.bytes,
@@ -164,7 +166,7 @@ def _decoding(model, recipe, entries, tokens, sequences, options):
     }
     if graphs is not None:
         (_, graph, _) = next(iter(graphs._captured.values()))
-        row["device_ms"] = round(_device_ms(graph.replay), 3)
+        row["device_ms"] = round(device_ms(graph.replay), 3)
     cache.free()
     return row
 
@@ -220,11 +222,11 @@ def _prefill(model, recipe, entries, tokens, chunk):
         before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
         cache = kvarn.Cache(model, recipe, entries)
         cache.expect(tokens)
-        _synchronize()
+        synchronize()
         start = time.perf_counter()
         for part in ids.split(chunk or tokens, 1):
             model(part, past_key_values=cache, logits_to_keep=1)
-        _synchronize()
+        synchronize()
         times.append((time.perf_counter() - start) * 1e3)
         peaks.append((torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0) - before)
         report = cache.report()
@@ -259,7 +261,7 @@ def _transformers(model, tokens, sequences, static, steps):
     token = torch.full((sequences, 1), 7, device=DEVICE)
     times = []
     for step in range(steps + 5):
-        _synchronize()
+        synchronize()
         start = time.perf_counter()
         positions = torch.full((sequences, 1), tokens + step, device=DEVICE)
         out = forward(token, position_ids=positions, past_key_values=cache, use_cache=True)
@@ -279,7 +281,7 @@ def _transformers(model, tokens, sequences, static, steps):
 # -- measuring --------------------------------------------------------------------------------------------------
 
 
-def _model(tiny):
+def llama(tiny, layers=32):
     rope = {
         "rope_type": "llama3",
         "rope_theta": 500000.0,
@@ -288,34 +290,34 @@ def _model(tiny):
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    shape = SHAPE | (TINY if tiny else {}) | {"rope_parameters": rope}
+    shape = SHAPE | {"num_hidden_layers": layers} | (TINY if tiny else {}) | {"rope_parameters": rope}
     with DEVICE:
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
     return model.eval().requires_grad_(False)
 
 
-def _copy_bandwidth(tiny):
+def copy_bandwidth(tiny):
     """Bytes a second, read and written."""
     size = 2**20 if tiny else 2**32
     source, target = (torch.empty(size, dtype=torch.uint8, device=DEVICE) for _ in range(2))
-    return round(2 * size / _device_ms(lambda: target.copy_(source)) * 1e3)
+    return round(2 * size / device_ms(lambda: target.copy_(source)) * 1e3)
 
 
-def _device_ms(run, times=10):
+def device_ms(run, times=10):
     """The least of three means."""
     run()
     means = []
     for _ in range(3):
-        _synchronize()
+        synchronize()
         start = time.perf_counter()
         for _ in range(times):
             run()
-        _synchronize()
+        synchronize()
         means.append((time.perf_counter() - start) / times * 1e3)
     return min(means)
 
 
-def _synchronize():
+def synchronize():
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
@@ -324,7 +326,6 @@ def _options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="", help="names of the cases, all by default")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--page", type=int, default=16, help="entries in a page")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, to try the script")
     parser.add_argument("--out", default="benchmarks/results/gpu/decoding.json")
     return parser.parse_args()
