@@ -2,10 +2,10 @@
 
     python benchmarks/gpu/methods.py [--out FILE] [--recipes "h2o; kivi(bits=4)"] [--tokens 4096] [--tiny]
 
-The weights are random. Every sequence has read a prompt of random tokens through the engine, so that what methods do at its end and between
-steps is theirs. Methods that evict have a quarter of the bytes as their budget. A step is ``Engine.step``, the mean of
-64 in a row, because some methods act only now and then. The floor is (bytes of the weights that are read + bytes of
-the pages held) / copy bandwidth, measured in the same run.
+The weights are random. Every sequence has read a prompt of random tokens through the engine, so that what methods do at
+its end and between steps is theirs. Methods that evict have a quarter of the bytes as their budget. A step is
+``Engine.step``, the mean of 64 in a row, because some methods act only now and then. The floor is (bytes of the weights
+that are read + bytes of the pages held) / copy bandwidth, measured in the same run.
 """
 
 import argparse
