@@ -105,6 +105,8 @@ def _decoding(report: Json) -> list[Json]:
 def _named(row: Json) -> str:
     """``snapkv, 4k of 32k × 128``: the recipe, or transformers' cache, entries of tokens, and sequences."""
     name = row["recipe"] if "recipe" in row else f"transformers {row['cache']}"
+    if row.get("page_size", 16) != 16:
+        name += f", pages of {row['page_size']}"
     if row.get("entries", row["tokens"]) != row["tokens"]:
         return f"{name}, {_thousands(row['entries'])} of {_thousands(row['tokens'])} × {row['sequences']}"
     return f"{name}, {_thousands(row['tokens'])} × {row['sequences']}"
