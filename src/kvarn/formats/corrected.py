@@ -68,9 +68,30 @@ class Corrected(Format):
             return error[..., :0], right
         for _ in range(self.loops - 1):
             right = error.transpose(-1, -2) @ (error @ right)
-        left = torch.linalg.qr(error @ torch.linalg.qr(right).Q).Q
+        left = _orthonormal(error @ _orthonormal(right))
         return left, error.transpose(-1, -2) @ left
 
     def _vectors(self, blocks: Tensor) -> Tensor:
         """[..., block, size] as vectors along the backbone's axis, and back."""
         return blocks.transpose(-1, -2) if self.channels else blocks
+
+
+def _orthonormal(x: Tensor) -> Tensor:
+    """The columns of ``x`` ([..., n, r], r small) made orthonormal one after the other; none from one that is zero.
+    (On a GPU torch's QR decomposes one matrix after the other, and here are thousands.)"""
+    columns: list[Tensor] = []
+    for column in x.unbind(-1):
+        column = _unit(column)
+        for _ in range(2):  # what is left of one that was nearly parallel is not quite at right angles yet
+            for before in columns:
+                column = column - (column * before).sum(-1, keepdim=True) * before
+            column = _unit(column)
+        columns.append(column)
+    return torch.stack(columns, -1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Vectors of length 1, or 0; squares of small numbers must not vanish."""
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / x.abs().amax(-1, keepdim=True).clamp(min=tiny)
+    return x / x.norm(dim=-1, keepdim=True).clamp(min=tiny)
