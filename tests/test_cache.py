@@ -241,6 +241,7 @@ def test_methods_that_evict_in_decoding_hold_the_budget_at_every_step(recipe, bu
         allowed = cache.plan.allowed[0]
         for token in CONTINUATION.repeat(2):
             assert cache.report().bytes <= allowed + _open_pages(cache)
+            assert all(bool((group.store.lengths <= group.capacity.flatten()).all()) for group in cache.groups)
             model(token.view(1, 1), past_key_values=cache)
     assert cache.report().tokens == [350]
 
