@@ -135,7 +135,7 @@ def test_chunks_of_a_prompt_are_those_of_the_reference(recipe, device, monkeypat
         served.append(out is not None)
         return out
 
-    monkeypatch.setattr("kvarn.layers.group.prompt", spied)
+    monkeypatch.setattr("kvarn.layers.prompts.prompt", spied)
     for name, devices in (("reference", set()), ("kernel", {device.type})):
         monkeypatch.setattr("kvarn.memory.kernels.DEVICES", devices)
         layer = layers[name] = OneLayer(recipe, 10**9 if recipe in ("full", RECIPES[1]) else 24, device.type)
@@ -212,7 +212,7 @@ def test_what_no_kernel_reads_as_it_lies_is_decoded_once(recipe, capacity, devic
         served.append(out is not None)
         return out
 
-    monkeypatch.setattr("kvarn.layers.group.prompt_decoded", spied)
+    monkeypatch.setattr("kvarn.layers.prompts.prompt_decoded", spied)
     outs = {}
     for name, devices in (("reference", set()), ("kernel", {device.type})):
         monkeypatch.setattr("kvarn.memory.kernels.DEVICES", devices)
