@@ -288,7 +288,8 @@ def test_reported_bytes_are_those_of_torch():
 @pytest.mark.no_cover
 @pytest.mark.parametrize(("recipe", "budget"), RECIPES)
 def test_a_fork_goes_its_own_way(recipe, budget):
-    model, others = two_layers("llama", recipe), CONTINUATION[-8:]  # enough for a block that is shared to end
+    model = two_layers("llama", recipe)
+    mine, others = CONTINUATION[:8], CONTINUATION[-8:]  # enough for a block that is shared to end
     cache = kvarn.Cache(model, recipe, budget)
     with torch.no_grad():
         model(PROMPT, past_key_values=cache)
@@ -296,8 +297,8 @@ def test_a_fork_goes_its_own_way(recipe, budget):
         fork = cache.fork()
         assert cache._arena.bytes == before  # nothing is copied yet
         other = [model(token.view(1, 1), past_key_values=fork).logits for token in others]
-        ours = [model(token.view(1, 1), past_key_values=cache).logits for token in SHORTER]
-    own = logits_of(model, PROMPT, SHORTER, kvarn.Cache(model, recipe, budget))
+        ours = [model(token.view(1, 1), past_key_values=cache).logits for token in mine]
+    own = logits_of(model, PROMPT, mine, kvarn.Cache(model, recipe, budget))
     torch.testing.assert_close(torch.cat(ours, 1), own[:, 1:], rtol=1e-4, atol=1e-4)
     alone = logits_of(model, PROMPT, others, kvarn.Cache(model, recipe, budget))
     torch.testing.assert_close(torch.cat(other, 1), alone[:, 1:], rtol=1e-4, atol=1e-4)

@@ -115,7 +115,7 @@ def test_whatever_comes(recipe, moves, room, preemption, chunk, most):
 
 
 @pytest.mark.no_cover
-def test_a_soak_of_a_hundred():
+def test_a_soak_of_hundreds():
     """Few different requests, so that what each gives alone is known; many of them, so that all paths are taken."""
     generator = torch.Generator().manual_seed(9)
 
@@ -123,8 +123,8 @@ def test_a_soak_of_a_hundred():
         return int(torch.randint(low, high, (), generator=generator))
 
     longest = Engine(model(), "full", page_size=4)._sizes.most(40, 24)
-    driven = Driven("full", int(1.4 * longest), "recompute", max_batch=12, step_tokens=48)
-    for _ in range(120):
+    driven = Driven("full", int(1.6 * longest), "recompute", max_batch=12, step_tokens=48)
+    for _ in range(200):
         driven.add(8 * random(1, 6), random(0, 3), 8 * random(1, 4), float(random(0, 2)))
         if random(0, 3) == 0:
             driven.step()
