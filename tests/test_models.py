@@ -224,7 +224,6 @@ def test_interrupted_conversion_leaves_nothing(cache, tiny_gguf, monkeypatch):
 
 
 def _load_and_report(path: Path, start, results) -> None:
-    torch.set_num_threads(1)
     conversions = 0
     convert = models._convert
 
@@ -242,7 +241,7 @@ def _load_and_report(path: Path, start, results) -> None:
 
 def test_two_processes_convert_once(cache, tiny_gguf, monkeypatch):
     spawn = multiprocessing.get_context("spawn")
-    start, results = spawn.Barrier(2), spawn.Queue()
+    start, results = spawn.Barrier(2, timeout=300), spawn.Queue()
     other = spawn.Process(target=_load_and_report, args=(tiny_gguf, start, results))
     other.start()
     monkeypatch.setattr(models, "_convert", models._convert)  # put back after the test
