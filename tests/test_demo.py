@@ -103,9 +103,9 @@ def test_the_command_prints_json_and_markdown(outcome: demo.Demo, capsys: pytest
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_the_real_model_finds_the_fact_with_the_full_cache_and_loses_it_with_a_window() -> None:
-    model, tokenizer = load("smollm2", device="cpu")
-    task = demo.plant(tokenizer, 400, 0.4)
+def test_the_real_model_finds_the_fact_with_the_full_cache_and_loses_it_with_a_window(smollm2: Pair) -> None:
+    model, tokenizer = smollm2
+    task = demo.plant(tokenizer, 250, 0.4)
     full, window = demo.compare(model, tokenizer, task, [("full", None), ("window", 0.25)])
     assert full.right
     assert not window.right

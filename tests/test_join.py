@@ -75,11 +75,11 @@ def test_sequences_come_and_go(architecture, recipe, budget):
         steps(2)
     gone = running.leave(0)
     order = [2, 1]
-    steps(3)
+    steps(2)
     running.leave(1).free()
     running.join(gone)
     order = [2, 0]
-    steps(3)
+    steps(2)
     assert running.report().tokens == [LENGTHS[i] + alone.fed[i] for i in order]
     assert running.plan.capacity.shape[1] == len(order)
     for _ in order:

@@ -349,7 +349,7 @@ def test_the_longest_of_a_batch_decides() -> None:
 MODELS = {name: make_tiny(name) for name in ("llama", "gemma3")}
 REAL = ["full", "kivi(bits=2, group=8, residual=16)", "snapkv(window=8)", "h2o", "window", "h2o(interval=4)"]
 REAL += ["snapkv(window=8) + kivi(bits=4, group=8, residual=16)", "h2o + kivi(bits=8, group=8, residual=16)"]
-STEPS = 60
+STEPS = 40
 
 
 def run(model: PreTrainedModel, cache: kvarn.Cache, ids: Tensor, mask: Tensor | None = None) -> None:
@@ -434,7 +434,7 @@ evictors = st.sampled_from(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=20)
 @given(
     evictors,
     formats_in_blocks,

@@ -28,7 +28,7 @@ def _gold(metric: str) -> st.SearchStrategy[str]:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_the_right_answer_scores_1_and_none_scores_0(metric: str, data: st.DataObject) -> None:
     reference = data.draw(_gold(metric))
@@ -37,7 +37,7 @@ def test_the_right_answer_scores_1_and_none_scores_0(metric: str, data: st.DataO
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(data=st.data(), answer=st.text() | words)
 def test_scores_are_from_0_to_1_whatever_the_answer(metric: str, data: st.DataObject, answer: str) -> None:
     references = data.draw(st.lists(_gold(metric), min_size=1, max_size=3))
@@ -48,7 +48,7 @@ def test_scores_are_from_0_to_1_whatever_the_answer(metric: str, data: st.DataOb
 @pytest.mark.parametrize(
     "metric", [name for name in METRICS if not name.startswith(("contains_all", "classification"))]
 )
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_another_right_answer_never_lowers_the_score(metric: str, data: st.DataObject) -> None:
     answer, reference, other = (data.draw(_gold(metric)) for _ in range(3))

@@ -6,7 +6,7 @@ import torch
 import kvarn
 from kvarn import Engine, Sampling
 from kvarn.errors import BudgetError, OutOfMemory, PromptTooLong, Refused, Unsupported
-from test_cache import DUO, SENTENCES
+from test_cache import DUO, SENTENCES, two_layers
 from tiny_models import make_tiny
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -42,7 +42,7 @@ def generated(model, prompt, recipe, budget, tokens=20, chunk=None, **arguments)
 
 @pytest.mark.parametrize(("recipe", "budget"), RECIPES)
 def test_the_tokens_are_those_of_generate(recipe, budget):
-    model = make_tiny("llama")
+    model = two_layers("llama", recipe)
     answers = Engine(model, recipe, budget).generate(PROMPTS, Sampling(max_tokens=14))
     assert [answer.finished for answer in answers] == ["length"] * 4
     assert [answer.tokens for answer in answers] == [generated(model, p, recipe, budget, 14) for p in PROMPTS]
@@ -60,7 +60,7 @@ def test_other_architectures(architecture):
     ("recipe", "budget"), [("full", None), ("snapkv(window=8)", 0.5), ("h2o", 24), (SENTENCES, None)]
 )
 def test_chunks_are_those_of_generate(recipe, budget):
-    model = make_tiny("llama")
+    model = two_layers("llama", recipe)
     engine = Engine(model, recipe, budget, prefill_chunk=16, step_tokens=16)
     answers = engine.generate(PROMPTS, Sampling(max_tokens=12))
     assert [a.tokens for a in answers] == [generated(model, p, recipe, budget, 12, chunk=16) for p in PROMPTS]

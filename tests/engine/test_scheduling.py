@@ -124,7 +124,7 @@ def test_a_soak_of_hundreds():
 
     longest = Engine(model(), "full", page_size=4)._sizes.most(40, 24)
     driven = Driven("full", int(1.6 * longest), "recompute", max_batch=12, step_tokens=48)
-    for _ in range(300):
+    for _ in range(200):
         driven.add(8 * random(1, 6), random(0, 3), 8 * random(1, 4), float(random(0, 2)))
         if random(0, 3) == 0:
             driven.step()

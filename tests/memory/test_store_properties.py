@@ -280,4 +280,4 @@ class Driven(RuleBasedStateMachine):
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_stores_hold_what_the_model_holds(kind: str) -> None:
     machine = type("Machine", (Driven,), {"kind": kind})
-    run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=20))
+    run_state_machine_as_test(machine, settings=settings(max_examples=25, stateful_step_count=16))

@@ -15,8 +15,8 @@ TEXT = "\n\n".join(topics[name] for name in ("objects", "execmodel"))
 def divergences(
     smollm2,
     recipes: Sequence[tuple[str | Method, float | int | None]],
-    prompt: int = 150,
-    steps: int = 16,
+    prompt: int = 120,
+    steps: int = 8,
 ) -> list[float]:
     """Mean KL(full || recipe) in nats over the ``steps`` tokens that follow a prompt, of recipes and their budgets."""
     model, tokenizer = smollm2

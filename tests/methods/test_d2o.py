@@ -200,5 +200,5 @@ class Even(D2O):
 
 def test_on_a_real_text_layer_budgets_bring_it_closer(smollm2):
     density = D2O(first_layers=0, last_layers=0)
-    dense, even = divergences(smollm2, [(density, 120), (Even(), 120)], prompt=450, steps=8)
+    dense, even = divergences(smollm2, [(density, 100), (Even(), 100)], prompt=350, steps=6)
     assert dense < 0.8 * even

@@ -166,8 +166,8 @@ def test_it_tells_a_passkey_that_the_window_and_the_opposite_heads_lose(smollm2)
     model, tokenizer = smollm2
     text = tokenizer(topics["objects"] + topics["import"]).input_ids
     needle = tokenizer("\nRemember this: the passkey is marble orbit willow lantern copper velvet.\n").input_ids
-    ids = torch.tensor([text[:100] + needle + text[100:450]])
-    question = tokenizer("\nWhat is the passkey? The passkey is marble orbit willow lantern copper velvet").input_ids
+    ids = torch.tensor([text[:75] + needle + text[75:300]])
+    question = tokenizer("\nThe passkey is marble orbit willow lantern").input_ids
     gates = torch.tensor(SMOLLM2) / 100
     recipes = {
         "full": ("full", None),

@@ -113,14 +113,14 @@ def test_a_step_opens_no_page_but_of_codes():
 
 
 def test_near_the_full_cache_where_fewer_entries_are_not(smollm2):
-    """On a real text; SnapKV holds half of the entries, which is as many bytes in 16 bits. Measured: 0.004, 0.095."""
-    fp8, snapkv = divergences(smollm2, [("fp8", None), ("snapkv", 80)])
+    """On a real text; SnapKV holds half of the entries, which is as many bytes in 16 bits. Measured: 0.004, 0.158."""
+    fp8, snapkv = divergences(smollm2, [("fp8", None), ("snapkv", 80)], prompt=150)
     assert fp8 < 0.01
     assert fp8 < snapkv / 10
 
 
 def test_finds_what_a_window_of_twice_as_many_bytes_loses(smollm2):
-    prompt = haystack_with_needle(smollm2[1], 300, 0.5)
+    prompt = haystack_with_needle(smollm2[1], 200, 0.5)
     number = NEEDLE.split()[-1].strip(".")
     assert number in answer(smollm2, prompt, "fp8", None)
     assert number not in answer(smollm2, prompt, "window", 0.5)

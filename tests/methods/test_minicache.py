@@ -298,7 +298,7 @@ def test_bad_parameters(parameters):
 @torch.no_grad()
 def test_a_model_whose_neighbours_are_at_right_angles_bears_merging_in_its_last_layers_alone(smollm2):
     model, tokenizer = smollm2
-    prompt = haystack_with_needle(tokenizer, 400, 0.3)
+    prompt = haystack_with_needle(tokenizer, 200, 0.3)
     held = DynamicCache(config=model.config)
     model(prompt[:, :100], past_key_values=held, logits_to_keep=1)
     fmt = Directions(Dense(64, torch.float32), 0.6, None, 64, torch.float32)

@@ -65,7 +65,7 @@ def test_bytes_of_a_vector():
 
 
 def test_pruned_memory_finds_what_a_window_of_as_many_bytes_loses(smollm2):
-    prompt = haystack_with_needle(smollm2[1], 300, 0.1)
+    prompt = haystack_with_needle(smollm2[1], 200, 0.1)
     number = NEEDLE.split()[-1].strip(".")
     assert number in answer(smollm2, prompt, "mustafar", None)
     assert number not in answer(smollm2, prompt, "window", 0.6)

@@ -168,8 +168,8 @@ def test_retrieval_heads_tell_a_passkey_that_other_heads_lose(smollm2) -> None:
     model, tokenizer = smollm2
     text = tokenizer(topics["objects"]).input_ids
     needle = tokenizer("\nRemember this: the passkey is marble orbit willow lantern copper velvet.\n").input_ids
-    ids = torch.tensor([text[:100] + needle + text[100:450]])
-    question = tokenizer("\nWhat is the passkey? The passkey is marble orbit willow lantern copper velvet").input_ids
+    ids = torch.tensor([text[:75] + needle + text[75:300]])
+    question = tokenizer("\nThe passkey is marble orbit willow lantern").input_ids
     found = torch.zeros(30, 3)
     found[tuple(torch.tensor(SMOLLM2).T)] = 1
     method, losses = RazorAttention(echo=0.0, induction=len(SMOLLM2) / 90), []

@@ -156,13 +156,13 @@ def test_the_queries_choose_better_than_chance(smollm2, monkeypatch):
     from test_real_model import HAYSTACK
 
     model, tokenizer = smollm2
-    ids = tokenizer(HAYSTACK, return_tensors="pt").input_ids[:, :212]
+    ids = tokenizer(HAYSTACK, return_tensors="pt").input_ids[:, :206]
 
     def predictions(recipe: str) -> Tensor:
         cache = kvarn.Cache(model, recipe)
         with torch.no_grad():
             model(ids[:, :200], past_key_values=cache, logits_to_keep=1)
-            steps = [model(ids[:, i : i + 1], past_key_values=cache).logits[0] for i in range(200, 212)]
+            steps = [model(ids[:, i : i + 1], past_key_values=cache).logits[0] for i in range(200, 206)]
         return torch.cat(steps).double().log_softmax(-1)
 
     def at_random(self: Narrow, x: Tensor, held: Tensor, queries: Tensor) -> dict[str, Tensor]:

@@ -189,6 +189,6 @@ def test_what_a_recipe_cannot_be():
 
 
 def test_a_needle_is_read_among_a_quarter_of_the_tokens(smollm2):
-    prompt = haystack_with_needle(smollm2[1], 480, 0.5)
+    prompt = haystack_with_needle(smollm2[1], 300, 0.5)
     assert "73915" in answer(smollm2, prompt, "tokenselect(sinks=8, local=64, count=64, chunk=64)", None)
     assert "73915" not in answer(smollm2, prompt, "window(sinks=8, capacity=136)", None)

@@ -296,13 +296,13 @@ class LeastSalient(ZipCache):
 @torch.no_grad()
 def test_the_bits_go_where_they_matter(smollm2):
     model, tokenizer = smollm2
-    ids = tokenizer(topics["objects"], return_tensors="pt").input_ids[:, :306]
+    ids = tokenizer(topics["objects"], return_tensors="pt").input_ids[:, :205]
     predictions, bytes_held = [], []
     for recipe in ("full", "zipcache", LeastSalient(), "kivi(bits=2)"):
         cache = kvarn.Cache(model, recipe)
-        model(ids[:, :300], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, :200], past_key_values=cache, logits_to_keep=1)
         bytes_held.append(cache.report().bytes)
-        steps = [model(ids[:, i : i + 1], past_key_values=cache).logits[0] for i in range(300, 306)]
+        steps = [model(ids[:, i : i + 1], past_key_values=cache).logits[0] for i in range(200, 205)]
         predictions.append(torch.cat(steps).double().log_softmax(-1))
     full, salient, others, kivi = predictions
     divergences = [float((full.exp() * (full - p)).sum(-1).mean()) for p in (salient, others, kivi)]

@@ -1,7 +1,10 @@
 """transformers' caches as subjects: what they predict and hold, forks, and refusals."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from optimum.quanto.library.extensions.cpp import ext
 from transformers import QuantizedCache
 
 from kvarn.bench.peers import KvpressSubject, TransformersSubject, subjects
@@ -15,6 +18,16 @@ STEPS = torch.randint(1, 160, (2, 12), generator=torch.Generator().manual_seed(2
 LAYERS, HEADS, SIZE = 4, 2, 16  # KV heads and their size, of every tiny model
 CPU = torch.device("cpu")
 QUANTIZED = "quantized(nbits=4, q_group_size=16, residual_length=8)"
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU quanto unpacks codes by an extension that it first compiles, which takes a minute."""
+
+    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+        return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])
+
+    monkeypatch.setattr(ext, "_lib", SimpleNamespace(unpack=unpack))
 
 
 def logits_of(session, *passes) -> torch.Tensor:
