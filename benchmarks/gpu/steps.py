@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 from torch.nn.functional import silu
 
-from kvarn.attention.tokens import Pages, Projected
+from kvarn.attention.newest import Pages, Projected
 from kvarn.attention.triton.matvec import Tiling, gated_linear, linear
 from kvarn.attention.triton.small import added_norm, append, gated, norm
 from kvarn.formats import Dense, Float8, Int

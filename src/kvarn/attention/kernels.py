@@ -4,9 +4,9 @@ from torch import Tensor
 
 from ..memory import Store
 from ..memory.kernels import serves
+from .newest import Pages, Projected
 from .reference import Paid, Part, Variant
 from .rotary import Rotary
-from .tokens import Pages, Projected
 from .updates import Updates
 
 

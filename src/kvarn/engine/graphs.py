@@ -10,8 +10,8 @@ from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
 
 from ..attention.interface import Mask, Pending
+from ..attention.newest import Projected
 from ..attention.reference import Variant
-from ..attention.tokens import Projected
 from ..cache import Cache
 from ..layers import LayerGroup, Step
 from ..memory import Segment, sent

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import Cache as TransformersCache
 
 from ..attention.interface import Mask, Pending
+from ..attention.newest import Pages, Projected
 from ..attention.reference import Variant
-from ..attention.tokens import Pages, Projected
 from ..attention.triton.matvec import gated_linear, linear
 from ..attention.triton.small import added_norm, append, gated, norm
 from ..formats import Dense

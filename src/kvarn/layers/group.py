@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..attention import Paid, Variant, attend, attend_observed
 from ..attention.kernels import append, decode, reads, rotated
-from ..attention.tokens import Projected
+from ..attention.newest import Projected
 from ..attention.updates import Update, Updates
 from ..memory import Segment, sent
 from ..reduction import Eviction, Merging

@@ -7,7 +7,7 @@ from torch.nn.functional import silu
 
 pytest.importorskip("triton")
 
-from kvarn.attention.tokens import Pages, Projected
+from kvarn.attention.newest import Pages, Projected
 from kvarn.attention.triton.matvec import Tiling, gated_linear, linear
 from kvarn.attention.triton.small import added_norm, append, gated, norm, turned
 from kvarn.formats import Dense, Float8, Int

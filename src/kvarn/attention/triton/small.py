@@ -11,7 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ...formats import Dense
 from ...memory.triton.encoding import coded, encode_vectors, tokens_as
-from ..tokens import Pages, Projected
+from ..newest import Pages, Projected
 from .decode import overlaps
 
 _BLOCK = 1024
