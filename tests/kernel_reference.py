@@ -20,47 +20,18 @@ DEVICES = [
 
 
 def _interpret_quickly() -> None:
-    """Triton's interpreter prepares its language again for every call of a function in a kernel, works out for every
-    value what depends on its type alone, and looks for overflows that it then says nothing of. That is most of its
-    time."""
+    """Triton's interpreter prepares its language again for every call of a function in a kernel, and looks for
+    overflows that it then says nothing of. That is most of its time."""
     try:
-        from triton.language import core
         from triton.runtime import interpreter
     except ImportError:
         return
-    prepare, make = cache(interpreter._patch_lang), core.tensor.__init__
+    prepare = cache(interpreter._patch_lang)
 
     def prepared(self, *args, **kwargs):
         prepare(self.fn)
         return self.rewrite()(*args, **kwargs)
 
-    def once(of_a_type):
-        """Types have no hash, but a name that tells them apart."""
-        known = {}
-
-        def remembered(kind, *others):
-            key = kind.name, *(other.name for other in others)
-            if key not in known:
-                known[key] = of_a_type(kind, *others)
-            return known[key]
-
-        return remembered
-
-    @once
-    def blank(kind):
-        tensor = core.tensor.__new__(core.tensor)
-        make(tensor, None, kind)
-        return tensor
-
-    def made(self, handle, type):
-        like = blank(type)
-        self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.shape, self.numel = like.shape, like.numel
-
-    core.tensor.__init__ = made
-    core.block_type.with_element_ty = once(core.block_type.with_element_ty)
-    core.block_type.to_ir = lambda self, builder: self  # which is what the interpreter makes of it, too
-    interpreter._get_np_dtype = once(interpreter._get_np_dtype)
     interpreter.InterpretedFunction.__call__ = prepared
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
