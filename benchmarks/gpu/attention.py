@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from kvarn.attention import Part, Variant, attend
-from kvarn.attention.triton.decode import Tuning, attend_stored
+from kvarn.attention.triton.decode import attend_stored
+from kvarn.attention.triton.stretches import Tuning
 from kvarn.formats import Dense, Float8, Int
 from kvarn.memory import Arena, SideLayout, Store, StoreLayout
 

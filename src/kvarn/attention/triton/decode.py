@@ -1,297 +1,24 @@
 """Decode attention over the entries of a layer as they lie in their pages, without decoding or joining them."""
 
-import os
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from itertools import accumulate
-from math import gcd
-from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
-from ...formats import (
-    Codes,
-    Corrected,
-    Dense,
-    Exempt,
-    Float8,
-    Format,
-    Int,
-    Mapped,
-    NonUniform,
-    Rescaled,
-    Rotated,
-    Signs,
-    Sparse,
-    Ternary,
-    innermost,
-)
-from ...memory import Segment, Side, Store
+from ...memory import Segment, Store
 from ..reference import Paid, Variant
 from ..rotary import Rotary
 from ..updates import Updates
 from .columns import put
-from .kinds import LEVELS_CHANNEL, LEVELS_TOKEN, RANKED, SIGNS, SPARSE, TERNARY, TURNED
+from .devices import INTERPRETED, has_float8, overlaps
+from .operands import arguments, segments
 from .split import attend_split, merge_splits
-from .tiles import CHANNEL, CODES, DENSE, FLOAT8, TOKEN
+from .stretches import Stretch, Tuning, stretches
+from .tiles import FLOAT8
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_OVERLAP = True
 _MOST_QUERIES = 16  # rows of a tensor-core tile
-_LEAST_CHUNK = 128  # entries of a split
-_MANY = 2**21  # entries that keep all processors busy for several splits each
-_MOST_BESIDE = 64  # exact numbers of a vector (loops over them are unrolled), or exact tokens (entries look for theirs)
-_TURNED = 32  # channels that one product transforms: more are more multiplications, fewer are more sums before
-_SETTLED, _TAIL = 1, 2  # bits: segments of a side
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How the vectors of a format are cut into tiles (see ``tiles``, and ``folded`` for those that are), and what is
-    kept beside them (see ``kinds``)."""
-
-    kind: int
-    bits: int
-    group: int
-    size: int
-    parts: int
-    run: int
-    fine: bool = False
-    folded: bool = False
-    beside: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
-
-    @property
-    def tiles(self) -> int:
-        return 2 * self.size // self.run if self.folded else self.size // self.run
-
-    @property
-    def plain(self) -> bool:
-        """Whether ``tiles.numbers`` gives all of it."""
-        return self.kind < SPARSE.value and not any(self.beside)
-
-    def arguments(self, side: str, page: int, dtype: torch.dtype) -> dict[str, Any]:
-        """Constants of the kernels, named for a side; ``dtype``: the model's."""
-        number = tl.float32 if dtype == torch.float32 else tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
-        constants = {
-            "KIND": self.kind,
-            "BITS": self.bits,
-            "GROUP": self.group,
-            "PAGE": page,
-            "SIZE": self.size,
-            "TILES": self.tiles,
-            "PARTS": self.parts,
-            "RUN": self.run,
-            "WIDTH": max(16, next_power_of_2(self.size if self.folded else self.run)),
-            "FINE": self.fine,
-            "FOLDED": self.folded,
-            "TYPE": number,
-            "BESIDE": self.beside,
-        }
-        return {f"{side}_{name}": constant for name, constant in constants.items()}
-
-
-def tiling(fmt: Format, block: int, exact: bool = False, heads: int = 1, turns: bool = False) -> Tiling | None:
-    """How the kernels read ``fmt`` in blocks of so many entries; None: they do not. ``exact``: numbers in fp32;
-    ``heads``: KV heads whose vectors are one row; ``turns``: tiles are cut so that channels half a vector apart lie at
-    the same places of two tiles."""
-    cut = _joint_tiling(fmt, heads) or (_tiling(fmt, block, exact) if heads == 1 else None)
-    if cut is None or max(cut.beside[0], cut.beside[1], cut.beside[3]) > _MOST_BESIDE:
-        return None
-    if turns:
-        cut = replace(cut, run=gcd(cut.run, cut.size // 2) if cut.parts == 1 else cut.run, folded=False)
-    return cut
-
-
-def _tiling(fmt: Format, block: int, exact: bool) -> Tiling | None:
-    if type(fmt) is Float8:
-        run = gcd(fmt.size, 64)
-        return Tiling(FLOAT8.value, 8, fmt.size, fmt.size, 1, run, folded=_folds(fmt.size, run, exact))
-    if type(fmt) is Sparse:
-        return Tiling(SPARSE.value, 1, fmt.kept, fmt.size, 8, fmt.size // 8)
-    if type(fmt) is Ternary:
-        return Tiling(TERNARY.value, 2, fmt.unit, fmt.size, 1, fmt.size)
-    if type(fmt) is Signs:
-        run = gcd(fmt.wide, fmt.size)
-        return Tiling(SIGNS.value, 2, fmt.unit, fmt.size, 1, run, beside=(0, 0, 0, 0, fmt.wide))
-    if type(fmt) is Corrected:
-        cut = _tiling(fmt.backbone, block, exact)
-        return cut and replace(cut, folded=False, beside=(2 * fmt.each_side, fmt.rank, fmt.unit, 0, 0))
-    if type(fmt) is Codes:
-        parts = _parts(fmt.bits)
-        return Tiling(CODES.value, fmt.bits, fmt.size, fmt.size, parts, fmt.size // parts)
-    if type(fmt) is not Int:
-        return None
-    parts = _parts(fmt.bits)
-    whole = fmt.size // parts
-    per_channel = fmt.axis == "channel"
-    run = gcd(whole, 64 if per_channel else fmt.group)
-    fine = bool(fmt.group % block) if per_channel else run < 16
-    few = per_channel or fmt.size <= 8 * fmt.group  # groups that ``folded.group_minima`` has lines for
-    folded = fmt.bits != 3 and not fine and few and _folds(fmt.size, run, exact)
-    kind = CHANNEL if per_channel else TOKEN
-    return Tiling(kind.value, fmt.bits, fmt.group, fmt.size, parts, whole if fine else run, fine, folded)
-
-
-def _joint_tiling(fmt: Format, heads: int) -> Tiling | None:
-    """Of formats that are read where ``heads`` KV heads have one row too."""
-    if type(fmt) is Dense:
-        ((row,), _) = fmt.layout["x"]
-        return Tiling(DENSE.value, 16, row, row // heads, 1, row // heads)
-    if type(fmt) is NonUniform:
-        kind, size = LEVELS_CHANNEL if fmt.fixed else LEVELS_TOKEN, fmt.size // heads
-        return Tiling(kind.value, fmt.bits, size, size, 1, size, beside=(fmt.exact, 0, 0, 0, 0))
-    if type(fmt) is Rotated:
-        kind, size = RANKED if fmt.shared else TURNED, fmt.inner.size // heads
-        if fmt.inner.axis == "channel" or fmt.block % size:
-            return None
-        beside = (0, 0, 0, 0, fmt.block // size)
-        return Tiling(kind.value, fmt.inner.bits, fmt.inner.group, size, 1, gcd(size, _TURNED), beside=beside)
-    if type(fmt) is Exempt and isinstance(fmt.inner, NonUniform | Rotated):
-        cut = _joint_tiling(fmt.inner, heads)
-        return cut and replace(cut, beside=(*cut.beside[:3], fmt.most, cut.beside[4]))
-    return None
-
-
-def _parts(bits: int) -> int:
-    """Codes that share a byte."""
-    return 1 if bits == 3 else 8 // bits
-
-
-def _folds(size: int, run: int, exact: bool) -> bool:
-    """Whether vectors in runs of so many bytes can be read as ``folded`` has them."""
-    return run >= 32 and size & (size - 1) == 0 and not exact
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How a kernel is run: entries a block, warps, stages of loads under way, the most registers of a thread, how many
-    splits a processor runs side by side, where they should all do (None: in turns, ``entries`` each), and how many
-    blocks before they are read codes are fetched into the second cache."""
-
-    block: int
-    warps: int
-    stages: int
-    registers: int | None = None
-    resident: int | None = None
-    distance: int = 0
-    entries: int = 1024
-
-    def chunk(self, total: int, rows: int, device: torch.device) -> int:
-        """Entries of a split, of so many in all."""
-        if self.resident is None:
-            return self.entries
-        # Every row may have one split that is not full.
-        room = max(self.resident * _processors(device) - rows, rows)
-        return max(-(-total // (room * self.block)) * self.block, _LEAST_CHUNK)
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """The entries that one launch reads: those of a store whose keys, and whose values, lie in these segments of their
-    side (``_SETTLED``, ``_TAIL`` or both)."""
-
-    store: Store
-    keys: int
-    values: int
-
-    def entries(self, heads: slice) -> int:
-        """How many there are."""
-        begin, end = torch.zeros((), dtype=torch.int64), self.store.lengths[heads]
-        for side, reads in ((self.store.keys, self.keys), (self.store.values, self.values)):
-            if side.settled and reads == _SETTLED:
-                end = end.minimum(side.settled.lengths[heads])
-            elif side.settled and reads == _TAIL:
-                begin = begin.maximum(side.settled.lengths[heads])
-        return int((end - begin).clamp(min=0).sum())
-
-    @property
-    def segments(self) -> tuple[Segment, Segment]:
-        """Of keys and of values the segment whose format says how they are cut into tiles."""
-        sides = ((self.store.keys, self.keys), (self.store.values, self.values))
-        keys, values = (side.settled if side.settled and reads & _SETTLED else side.tail for side, reads in sides)
-        return keys, values
-
-    @property
-    def formats(self) -> tuple[Format, Format]:
-        """Those that are read: any map of keys becomes one of queries, but of values only factors are made up for."""
-        keys, values = (segment.format for segment in self.segments)
-        return innermost(keys), values.inner if isinstance(values, Rescaled) else values
-
-    def tuning(self, entries: int = 0) -> Tuning:
-        """What was fastest on an H200 for so many entries in all (``benchmarks/gpu/attention.py``)."""
-        settled = [fmt for fmt in self.formats if not isinstance(fmt, Dense)]
-        if not settled:
-            return Tuning(64, 2, 5, entries=2048) if entries >= _MANY else Tuning(64, 2, 4)
-        units = [fmt.unit for fmt in settled if fmt.unit > 1]
-        if not all(isinstance(fmt, Dense | Float8 | Int | Codes) for fmt in settled):
-            return Tuning(max(16, gcd(32, *units)), 4, 2)  # not measured yet
-        if any(isinstance(fmt, Float8) for fmt in settled):
-            return Tuning(max(16, gcd(16, *units)), 1, 2, registers=128, resident=16)
-        block, bits = max(16, gcd(32, *units)), [fmt.bits for fmt in settled if isinstance(fmt, (Int, Codes))]
-        return Tuning(block, 1, 2, registers=168, resident=12, distance=int(max(bits) < 8))
-
-    def tilings(self, block: int, exact: bool, together: int, rotary: Rotary | None) -> list[Tiling | None]:
-        """How keys and values are read, None: they are not; as for ``tiling``."""
-        keys, values = self.formats
-        cut = tiling(keys, block, exact, together, rotary is not None)
-        if cut and rotary and (rotary.halves != cut.size or isinstance(self.segments[0].format, Mapped)):
-            cut = None
-        return [cut, tiling(values, block, exact, together)]
-
-    def asked(self, query: Tensor, heads: slice) -> tuple[Tensor, Tensor | None]:
-        """What stored keys are multiplied with in place of ``query`` ([R, G, size]), and what is added to products."""
-        keys, _ = self.segments
-        if not isinstance(keys.format, Mapped):
-            return query, None
-        fmt, offset = keys.format_of(heads), None
-        while isinstance(fmt, Mapped):
-            more = fmt.offset(query)
-            if more is not None:
-                offset = more if offset is None else offset + more
-            query, fmt = fmt.asked(query), fmt.inner
-        return query, offset
-
-    def factors(self, heads: slice) -> Tensor | None:
-        """By what channels of stored values are divided, [R, 1, size]."""
-        _, values = self.segments
-        if not isinstance(values.format, Rescaled):
-            return None
-        fmt = values.format_of(heads)
-        assert isinstance(fmt, Rescaled)
-        return fmt.factors.contiguous()
-
-
-def stretches(store: Store) -> list[Stretch]:
-    """What launches read, so that every entry is read once."""
-    return [
-        Stretch(each, keys, values)
-        for each in store.stores
-        for keys in _apart(each.keys, each is store.stores[-1])
-        for values in _apart(each.values, each is store.stores[-1])
-    ]
-
-
-def _apart(side: Side, grows: bool) -> tuple[int, ...]:
-    """The segments of a side that launches read: what is a map of something else apart from what is not. ``grows``: new
-    tokens come here, to the tail unless they are encoded as they come."""
-    if side.settled is None:
-        return (_TAIL,)
-    if side.layout.appends_codes or (side.layout.settles_at_once and not grows):
-        return (_SETTLED,)
-    return (_SETTLED, _TAIL) if isinstance(side.settled.format, Mapped) else (_SETTLED | _TAIL,)
-
-
-def readable(store: Store, queries: int, together: int = 1, rotary: Rotary | None = None) -> bool:
-    """Whether ``attend_stored`` reads this store, for so many queries of a KV head, ``together`` of which are one head
-    of the store."""
-    each = [stretch.tilings(stretch.tuning().block, False, together, rotary) for stretch in stretches(store)]
-    cut = [one for both in each for one in both]
-    if queries > _MOST_QUERIES or None in cut:
-        return False
-    return has_float8(store.arena.device) or all(one.kind != FLOAT8.value for one in cut if one)
 
 
 @dataclass(frozen=True)
@@ -321,6 +48,16 @@ class Partials:
     extent: Tensor
     bounds: Tensor
     logits: Tensor | None
+
+
+def readable(store: Store, queries: int, together: int = 1, rotary: Rotary | None = None) -> bool:
+    """Whether ``attend_stored`` reads this store, for so many queries of a KV head, ``together`` of which are one head
+    of the store."""
+    each = [stretch.tilings(stretch.tuning().block, False, together, rotary) for stretch in stretches(store)]
+    cut = [one for both in each for one in both]
+    if queries > _MOST_QUERIES or None in cut:
+        return False
+    return has_float8(store.arena.device) or all(one.kind != FLOAT8.value for one in cut if one)
 
 
 def attend_stored(
@@ -461,7 +198,7 @@ def _attend(
         V_READS=stretch.values,
         OFFSET=launch.offset is not None,
         SKIPS=skipped is not None,
-        PACKED=not _INTERPRETED,
+        PACKED=not INTERPRETED,
         PAGE=store.arena.page_size,
         CAPPED=variant.softcap is not None,
         COUNTED=counts,
@@ -529,60 +266,3 @@ def _columns(store: Store) -> list[Segment]:
     columns = [each.columns for each in store.stores if each.columns]
     assert len(columns) == len(store.stores)
     return columns
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def overlaps(device: torch.device) -> bool:
-    """Whether kernels can be launched before those are done that they wait for."""
-    return _OVERLAP and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def has_float8(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def segments(side: Side) -> tuple[tuple, tuple]:
-    """The settled segment (the tail, where there is none) and the tail, as kernels take them."""
-    tail = arguments(side.tail)
-    return (arguments(side.settled) if side.settled else tail), tail
-
-
-def arguments(segment: Segment, column: str | None = None) -> tuple:
-    tensors, mirror = segment.pool.tensors, segment.mirror()
-    x = tensors[column] if column else _first(tensors, "codes", "bitmap", "x")
-    second = _first(tensors, "range", "scale", "numbers") if len(tensors) > 1 and not column else None
-    place = mirror.table, mirror.spans, mirror.table.stride(0)
-    return (x, x if second is None else second, *place, *_beside(segment))
-
-
-def _beside(segment: Segment) -> tuple[tuple, ...]:
-    """The tensors that the kind of a segment needs besides, and those of exact tokens (see ``kinds``)."""
-    fmt = segment.format
-    if isinstance(fmt, Exempt):
-        return (*_of_kind(segment, fmt.inner), (segment.state["exact"], segment.state["places"]))
-    return _of_kind(segment, fmt)
-
-
-def _of_kind(segment: Segment, fmt: Format) -> tuple[tuple, ...]:
-    tensors, (shared, row) = segment.pool.tensors, segment.shared
-    while isinstance(fmt, Mapped) and not (isinstance(fmt, Rotated) and fmt.shared):
-        fmt = fmt.inner
-    if isinstance(fmt, Rotated):
-        return ((shared["rank"], row),)
-    if isinstance(fmt, Corrected):
-        return (tuple(tensors[name] for name in ("exact", "places", "left", "right")),)
-    if isinstance(fmt, Signs):
-        return ((tensors["signs"], tensors["magnitude"]),)
-    if isinstance(fmt, NonUniform):
-        ranges = shared if fmt.fixed else tensors
-        read = shared["read"] if "read" in shared else shared["levels"]
-        return ((tensors["exact"], tensors["places"], read, row, ranges["center"], ranges["half"]),)
-    return ()
-
-
-def _first(tensors: dict[str, Tensor], *names: str) -> Tensor | None:
-    return next((tensors[name] for name in names if name in tensors), None)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .decode import overlaps
+from .devices import overlaps
 from .small import gated
 
 MOST_ROWS = 2  # more of them are for the tensor cores

@@ -11,8 +11,10 @@ from triton import cdiv
 from ...formats import Dense, Float8
 from ...memory import Store, sent
 from ..reference import Part, Variant
-from .decode import Tiling, arguments, has_float8, segments, tiling
+from .devices import has_float8
 from .flash import attend_blocks
+from .operands import arguments, segments
+from .tilings import Tiling, tiling
 
 _ENTRIES = 64  # of a block
 _WIDTH = 16  # a table's width is a multiple of this: kernels are compiled for that

@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ...formats import Dense
 from ...memory.triton.encoding import coded, encode_vectors, tokens_as
 from ..newest import Pages, Projected
-from .decode import overlaps
+from .devices import overlaps
 
 _BLOCK = 1024
 _HEADS = 8  # that a program of ``_appended`` rotates
