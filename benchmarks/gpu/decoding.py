@@ -79,24 +79,38 @@ PREFILL = {
 
 def main() -> None:
     options = _options()
+    names = options.cases.split(",") if options.cases else [*DECODING, *PREFILL, *DYNAMIC, *STATIC]
+    measure("decoding.py", options, 32, names, _row)
+
+
+def measure(script, options, layers, names, row_of, **settings):
+    """Writes ``row_of(model, name, options, with_floor)`` of each name to ``options.out``; ``with_floor(row, bytes)``
+    sets a step beside the floor of so many bytes that are held."""
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
-    model = llama(options.tiny)
-    bandwidth = copy_bandwidth(options.tiny)
+    model = llama(options.tiny, layers)
+    bandwidth = _copy_bandwidth(options.tiny)
     embedding = model.get_input_embeddings().weight
     weights = sum(p.nbytes for p in model.parameters() if p is not embedding)
+
+    def with_floor(row, held):
+        floor = (weights + held) / bandwidth * 1e3
+        return row | {"floor_ms": round(floor, 3), "times_floor": round(row["step_ms"] / floor, 3)}
+
     result = {
-        "command": "python benchmarks/gpu/decoding.py " + " ".join(sys.argv[1:]),
+        "command": f"python benchmarks/gpu/{script} " + " ".join(sys.argv[1:]),
         "machine": hardware(DEVICE),
         "versions": versions() | {"cuda": torch.version.cuda},
         "copy_bandwidth": bandwidth,
         "weight_bytes": weights,
+        "layers": layers,
+        **settings,
         "rows": {},
     }
-    for name in options.cases.split(",") if options.cases else [*DECODING, *PREFILL, *DYNAMIC, *STATIC]:
+    for name in names:
         start = time.perf_counter()
         try:
-            row = _row(model, name, options, bandwidth, weights)
+            row = row_of(model, name, options, with_floor)
         except Exception as error:  # a case that fails says so, and the others go on
             traceback.print_exc()
             row = {"failed": f"{type(error).__name__}: {error}"[:300]}
@@ -108,17 +122,15 @@ def main() -> None:
         Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _row(model, name, options, bandwidth, weights):
+def _row(model, name, options, with_floor):
     if name in DECODING:
         recipe, entries, tokens, sequences = DECODING[name]
         if options.tiny:
             entries, tokens, sequences = entries and entries // 64, tokens // 64, min(sequences, 4)
         page = 32 if name.endswith("pages32") else 16
         row = _decoding(model, recipe, entries, tokens, sequences, page, options.steps)
-        row["floor_ms"] = round((weights + row["page_bytes"]) / bandwidth * 1e3, 3)
-        row["times_floor"] = round(row["step_ms"] / row["floor_ms"], 3)
         row["tokens_per_second"] = round(sequences / row["step_ms"] * 1e3)
-        return row
+        return with_floor(row, row["page_bytes"])
     if name in PREFILL:
         recipe, entries, chunk = PREFILL[name]
         return _prefill(
@@ -128,10 +140,7 @@ def _row(model, name, options, bandwidth, weights):
     if options.tiny:
         tokens, sequences = tokens // 64, min(sequences, 4)
     row = _transformers(model, tokens, sequences, name in STATIC, options.steps)
-    held = sequences * tokens * kvarn.Cache(model).spec.dense_bytes(1)
-    row["floor_ms"] = round((weights + held) / bandwidth * 1e3, 3)
-    row["times_floor"] = round(row["step_ms"] / row["floor_ms"], 3)
-    return row
+    return with_floor(row, sequences * tokens * kvarn.Cache(model).spec.dense_bytes(1))
 
 
 # -- kvarn ------------------------------------------------------------------------------------------------------
@@ -166,7 +175,7 @@ def _decoding(model, recipe, entries, tokens, sequences, page, steps):
     }
     if graphs is not None:
         (_, graph, _) = next(iter(graphs._captured.values()))
-        row["device_ms"] = round(device_ms(graph.replay), 3)
+        row["device_ms"] = round(_device_ms(graph.replay), 3)
     cache.free()
     return row
 
@@ -281,7 +290,7 @@ def _transformers(model, tokens, sequences, static, steps):
 # -- measuring --------------------------------------------------------------------------------------------------
 
 
-def llama(tiny, layers=32):
+def llama(tiny, layers):
     rope = {
         "rope_type": "llama3",
         "rope_theta": 500000.0,
@@ -296,14 +305,14 @@ def llama(tiny, layers=32):
     return model.eval().requires_grad_(False)
 
 
-def copy_bandwidth(tiny):
+def _copy_bandwidth(tiny):
     """Bytes a second, read and written."""
     size = 2**20 if tiny else 2**32
     source, target = (torch.empty(size, dtype=torch.uint8, device=DEVICE) for _ in range(2))
-    return round(2 * size / device_ms(lambda: target.copy_(source)) * 1e3)
+    return round(2 * size / _device_ms(lambda: target.copy_(source)) * 1e3)
 
 
-def device_ms(run, times=10):
+def _device_ms(run, times=10):
     """The least of three means."""
     run()
     means = []

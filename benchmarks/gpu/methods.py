@@ -9,18 +9,12 @@ floor is (bytes of the weights that are read + bytes of the pages held) / copy b
 """
 
 import argparse
-import gc
-import json
-import sys
 import time
-import traceback
-from pathlib import Path
 
 import torch
-from decoding import DEVICE, copy_bandwidth, llama, synchronize
+from decoding import measure, synchronize
 
 import kvarn
-from kvarn.bench.machine import hardware, versions
 
 QUARTER = 0.25
 LONGEST_MS = 4000
@@ -36,41 +30,13 @@ chelsea; d2o; kvmerger
 
 def main() -> None:
     options = _options()
-    torch.manual_seed(0)
-    torch.set_grad_enabled(False)
-    model = llama(options.tiny, options.layers)
-    bandwidth = copy_bandwidth(options.tiny)
-    embedding = model.get_input_embeddings().weight
-    weights = sum(p.nbytes for p in model.parameters() if p is not embedding)
-    chosen = dict.fromkeys(_listed(KEEP_ALL)) | dict.fromkeys(_listed(EVICT), QUARTER)
-    if options.recipes:
-        chosen = {recipe: chosen[recipe] for recipe in _listed(options.recipes)}
-    result = {
-        "command": "python benchmarks/gpu/methods.py " + " ".join(sys.argv[1:]),
-        "machine": hardware(DEVICE),
-        "versions": versions() | {"cuda": torch.version.cuda},
-        "copy_bandwidth": bandwidth,
-        "weight_bytes": weights,
-        **{name: getattr(options, name) for name in ("tokens", "sequences", "steps", "layers")},
-        "rows": {},
-    }
-    for recipe, budget in chosen.items():
-        try:
-            row = _row(model, recipe, budget, options)
-            row["floor_ms"] = round((weights + row["page_bytes"]) / bandwidth * 1e3, 3)
-            row["times_floor"] = round(row["step_ms"] / row["floor_ms"], 3)
-        except Exception as error:  # a recipe that fails says so, and the others go on
-            traceback.print_exc()
-            row = {"failed": f"{type(error).__name__}: {error}"[:300]}
-        gc.collect()
-        if DEVICE.type == "cuda":
-            torch.cuda.empty_cache()
-        result["rows"][recipe] = row
-        print(recipe, row, flush=True)
-        Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+    names = _listed(options.recipes) if options.recipes else [*_listed(KEEP_ALL), *_listed(EVICT)]
+    settings = {name: getattr(options, name) for name in ("tokens", "sequences", "steps")}
+    measure("methods.py", options, options.layers, names, _row, **settings)
 
 
-def _row(model, recipe, budget, options):
+def _row(model, recipe, options, with_floor):
+    budget = QUARTER if recipe in _listed(EVICT) else None
     engine = kvarn.Engine(model, recipe, budget, max_batch=options.sequences)
     sampling = kvarn.Sampling(max_tokens=1024, ignore_end=True)
     prompts = torch.randint(1, model.config.vocab_size, (options.sequences, options.tokens)).tolist()
@@ -91,7 +57,7 @@ def _row(model, recipe, budget, options):
     synchronize()
     step_ms = _since(start) / steps
     graphs = engine._runner.graphs
-    return {
+    row = {
         "budget": budget,
         "steps": steps,
         "step_ms": round(step_ms, 3),
@@ -99,6 +65,7 @@ def _row(model, recipe, budget, options):
         "page_bytes": engine.arena.bytes,
         "captured": graphs is not None and bool(graphs._captured),
     }
+    return with_floor(row, row["page_bytes"])
 
 
 def _since(start):
