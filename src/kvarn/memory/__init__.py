@@ -1,9 +1,11 @@
 """Where entries live: pages, segments, stores. Nothing here knows of methods."""
 
 from .bounded import BoundedLayout
+from .layout import Beside, Layout, SideLayout, StoreLayout
 from .pool import Arena, HostPool, Pool, Tier
 from .segment import Parked, Segment
-from .store import Beside, Layout, Side, SideLayout, Store, StoreLayout, by_pool
+from .side import Side
+from .store import Store, by_pool
 from .tiered import TieredLayout, TieredStore
 from .transfer import fetched, sent
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .layout import Layout, StoreLayout
 from .pool import Arena
 from .segment import EVERY, Segment, joined, pick, within
-from .store import Layout, Store, StoreLayout, by_pool, places
+from .store import Store, by_pool, places
 from .transfer import sent
 
 
