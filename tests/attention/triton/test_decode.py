@@ -98,6 +98,8 @@ FOLDED = [  # what is multiplied as codes
     ("dense", "int4/token/32", 64),
     ("float8", "int4/token/32", 64),
     ("float8", "float8", 96),
+    ("dense", "int4/token/32", 256),  # eight groups, the most
+    ("dense", "int4/token/32", 512),  # too many: decoded
 ]
 
 
