@@ -252,10 +252,10 @@ def _per_term(x, HEIGHT: tl.constexpr):
 
 @triton.jit
 def group_scales(raw):
-    """Of each group the scales of all terms, fp16 [4, 8, BLOCK / 8, 2], from those of all groups."""
+    """Of each group (eight at the most) the scales of all terms, fp16 [4, 8, BLOCK / 8, 2, 1]."""
     scales = (raw.to(tl.uint16).to(tl.float16, bitcast=True),)
     t: tl.constexpr = raw.shape
-    for level in tl.static_range(5):
+    for level in tl.static_range(3):
         if len(scales) < t[4]:
             even = ()
             odd = ()
