@@ -73,8 +73,10 @@ def test_full_equals_transformers(smollm2, layers, tokens):
 def test_each_method_shows_its_point(smollm2):
     keeping = ("window", "h2o", "snapkv", "snapkv + kivi(bits=4, residual=32)", "h2o + kivi(bits=4, residual=32)")
     evicting = [(recipe, 0.25) for recipe in keeping]
-    coding = [("kivi(bits=4)", None), ("kivi(bits=2)", None)]
-    window, h2o, snapkv, coded_snapkv, coded_h2o, kivi4, kivi2 = divergences(smollm2, evicting + coding, prompt=300)
+    others = [(recipe, None) for recipe in ("kivi(bits=4)", "kivi(bits=2)", "full")]
+    found = divergences(smollm2, evicting + others, prompt=300)
+    window, h2o, snapkv, coded_snapkv, coded_h2o, kivi4, kivi2, full = found
+    assert full < 1e-9
     assert h2o < window
     assert snapkv < window
     assert kivi4 < kivi2

@@ -5,6 +5,7 @@ import torch
 
 from kernel_reference import DEVICES, ON_A_GPU
 from kvarn import Engine, Sampling
+from kvarn.methods import Method
 from learnt import kvquant, rotatekv
 from per_token import PerToken
 from tiny_models import make_tiny
@@ -111,8 +112,8 @@ def test_a_pass_over_buffers_gives_the_tokens_of_the_cache(architecture, recipe,
     assert {state.data_ptr() for each in segments for state in each.state.values()} <= set(graphs.state())
 
 
-def decoding(recipe: str, budget: int | None, steps: int) -> Engine:
-    """An engine on a GPU, with two sequences in the midst of their answers."""
+def decoding(recipe: str | Method, budget: int | None, steps: int) -> Engine:
+    """An engine on a GPU that has taken ``steps`` with two requests of many tokens."""
     engine = Engine(make_tiny("llama").to("cuda"), recipe, budget, max_batch=2)
     for prompt in PROMPTS[:2]:
         engine.add(prompt, Sampling(max_tokens=40))
@@ -150,9 +151,7 @@ def test_entries_leave_and_move_while_the_host_does_not_wait(recipe, budget):
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", ["fp8", PerToken()], ids=str)
 def test_nothing_is_left_to_encode_between_steps(recipe, monkeypatch):
-    engine = Engine(make_tiny("llama").to("cuda"), recipe, max_batch=2)
-    for prompt in PROMPTS[:2]:
-        engine.add(prompt, Sampling(max_tokens=40))
+    engine = decoding(recipe, None, 0)
     monkeypatch.delattr("kvarn.memory.triton.encoding.encode")
     for _ in range(20):
         engine.step()

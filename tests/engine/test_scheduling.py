@@ -134,7 +134,7 @@ def test_a_soak_of_hundreds():
     while driven.engine.busy:
         driven.step()
     driven.check()
-    assert driven.engine.preempted > 5
+    assert driven.engine.preempted > 10
     assert {"aborted", "length"} <= set(driven.finished.values())
 
 

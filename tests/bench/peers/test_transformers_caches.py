@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from optimum.quanto.library.extensions.cpp import ext
 from transformers import QuantizedCache
 
 from kvarn.bench.peers import KvpressSubject, TransformersSubject, subjects
@@ -27,7 +26,7 @@ def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
         return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])
 
-    monkeypatch.setattr(ext, "_lib", SimpleNamespace(unpack=unpack))
+    monkeypatch.setattr("optimum.quanto.library.extensions.cpp.ext._lib", SimpleNamespace(unpack=unpack))
 
 
 def logits_of(session, *passes) -> torch.Tensor:
