@@ -9,6 +9,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ...memory import Segment
 from ..updates import Ignoring, Mass, Recurring, Update
+from .operands import arguments
 from .tiles import slots
 
 MASS = tl.constexpr(0)
@@ -132,7 +133,7 @@ def put(
     update_columns[(rows, programs)](
         logits,
         sums,
-        tuple(_two(segment, update.columns) for segment in columns),
+        tuple(arguments(segment, *update.columns) for segment in columns),
         positions,
         first,
         longest,
@@ -148,12 +149,6 @@ def put(
         num_warps=4,
         launch_pdl=overlap,
     )
-
-
-def _two(segment: Segment, names: tuple[str, str]) -> tuple:
-    """A segment of columns as the kernel takes it, with two of them."""
-    (first, second), mirror = (segment.pool.tensors[name] for name in names), segment.mirror()
-    return first, second, mirror.table, mirror.spans, mirror.table.stride(0)
 
 
 def _constants(update: Update) -> dict[str, int]:

@@ -12,10 +12,14 @@ def segments(side: Side) -> tuple[tuple, tuple]:
     return (arguments(side.settled) if side.settled else tail), tail
 
 
-def arguments(segment: Segment, column: str | None = None) -> tuple:
+def arguments(segment: Segment, *columns: str) -> tuple:
+    """Two tensors of a segment (one, twice, where there is no other), where its entries lie, and what its format needs
+    besides. ``columns``: the names of one or two columns, which are the tensors."""
     tensors, mirror = segment.pool.tensors, segment.mirror()
-    x = tensors[column] if column else _first(tensors, "codes", "bitmap", "x")
-    second = _first(tensors, "range", "scale", "numbers") if len(tensors) > 1 and not column else None
+    if columns:
+        x, second = tensors[columns[0]], tensors[columns[-1]]
+    else:
+        x, second = _first(tensors, "codes", "bitmap", "x"), _first(tensors, "range", "scale", "numbers")
     place = mirror.table, mirror.spans, mirror.table.stride(0)
     return (x, x if second is None else second, *place, *_beside(segment))
 
